@@ -1,0 +1,67 @@
+"""Distances between held-out clips and their decoding, for each number of network evaluations."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from meanflow_audio_codec.errors import InputError
+from meanflow_audio_codec.evaluators.common import Context
+from meanflow_audio_codec.evaluators.metrics import audio_metrics
+
+
+class Evaluator:
+    """Decode `num_clips` clips of `seconds` at each `nfe` and score them by `metrics.audio_metrics`.
+
+    `autoencoder`, unless empty, is the workdir of the autoencoder rung on the same data and codes: its newest error is
+    the denominator of `mse_ratio`, 2 for a perfect sampler of the posterior, below 2 for one that is too sure.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        num_clips: int,
+        seconds: float,
+        nfe: tuple[int, ...],
+        autoencoder: str,
+    ):
+        self._context, self._nfe = context, nfe
+        self._audio, _ = context.clips(num_clips, seconds)
+        self._autoencoder_mse = _newest_mse(autoencoder) if autoencoder else None
+
+    def run(self, state: Any) -> Iterator[tuple[str, float]]:
+        """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels."""
+        size, rng = self._context.batch_size, jax.random.key(0)
+        reconstruct = self._context.predict_fns["reconstruct"]
+        for nfe in self._nfe:
+            batches = [
+                jax.device_get(reconstruct(state, self._audio[i : i + size], rng, nfe))
+                for i in range(0, len(self._audio), size)
+            ]
+            decoded = np.concatenate([audio for audio, _ in batches])
+            x_mse = float(np.concatenate([mse for _, mse in batches]).mean())
+            yield f"reconstruction/x_mse_nfe{nfe}", x_mse
+            if self._autoencoder_mse is not None:
+                yield f"reconstruction/mse_ratio_nfe{nfe}", x_mse / self._autoencoder_mse
+            scores = audio_metrics(
+                np.moveaxis(self._audio, 1, 2),
+                np.moveaxis(decoded, 1, 2),
+                self._context.sample_rate,
+            )
+            for name, values in scores.items():
+                yield f"reconstruction/{name}_nfe{nfe}", float(np.mean(values))
+
+
+def _newest_mse(workdir: str) -> float:
+    path = epath.Path(workdir) / "metrics.jsonl"
+    key = "reconstruction/x_mse_nfe1"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        raise InputError(
+            f"evals.reconstruction.autoencoder: {path} holds no {key}; give an autoencoder's workdir"
+        )
+    return values[-1]

@@ -1,0 +1,41 @@
+"""Decoded clips to hear and see: WAV files beside their references, and their spectrograms, in samples/<step>/."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import soundfile
+from etils import epath
+
+from meanflow_audio_codec.evaluators.common import Context
+from meanflow_audio_codec.evaluators.report import draw_spectrograms
+
+
+class Evaluator:
+    """Write `num_clips` clips of `seconds` as <clip>_reference.wav, <clip>_nfe<k>.wav and <clip>.png."""
+
+    def __init__(self, context: Context, num_clips: int, seconds: float, nfe: tuple[int, ...]):
+        self._context, self._nfe = context, nfe
+        self._audio, self._names = context.clips(num_clips, seconds)
+
+    def run(self, state: Any) -> Iterator[tuple[str, float]]:
+        """Write the files of `state.step`; yields nothing."""
+        folder = epath.Path(self._context.workdir) / "samples" / str(int(state.step))
+        folder.mkdir(parents=True, exist_ok=True)
+        reconstruct, rng = self._context.predict_fns["reconstruct"], jax.random.key(0)
+        versions = {"reference": self._audio}
+        for nfe in self._nfe:
+            versions[f"nfe{nfe:02d}"] = np.asarray(reconstruct(state, self._audio, rng, nfe)[0])
+        for i, name in enumerate(self._names):
+            for label, audio in versions.items():
+                with (folder / f"{i:02d}_{label}.wav").open("wb") as file:
+                    pcm = np.clip(audio[i], -1, 1)
+                    soundfile.write(
+                        file, pcm, self._context.sample_rate, format="WAV", subtype="PCM_16"
+                    )
+            clips = [
+                (f"{name} {label}", audio[i].mean(axis=-1)) for label, audio in versions.items()
+            ]
+            draw_spectrograms(folder / f"{i:02d}.png", clips, self._context.sample_rate)
+        yield from ()

@@ -1,0 +1,137 @@
+"""The codec network: encoder, quantizer, upsampler, and a flow decoder that sees the code in every frame.
+
+    x [b, l, f] -> encode -> codes [b, l / downsample, k] -> upsample -> cond [b, l, d]      once per clip
+    z, t, r, cond -> flow -> u [b, l, f]                                                      once per evaluation
+
+The decoder predicts, by `output`,
+    "u"   the average velocity itself (MeanFlow, arXiv 2505.13447), or
+    "x"   the clean tokens x_hat, from which u = (z - x_hat) / clip(t, 0.05, 1) (pixel MeanFlow, arXiv 2601.22158).
+With "x" a coefficient that is nearly always zero, as most high MDCT bins are, is easy: the net need not synthesise the
+noise that u contains.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from meanflow_audio_codec.errors import InputError
+from meanflow_audio_codec.models import layers, quantizers
+from meanflow_audio_codec.models.conv_flow import ConvFlow
+from meanflow_audio_codec.models.mlp_flow import MlpFlow
+
+BACKBONES = {"conv": ConvFlow, "mlp": MlpFlow}
+
+# variant: width, decoder blocks, blocks on either side of the bottleneck. Parameters with 256 features, 64 latents:
+VARIANTS = {
+    "Ti": dict(width=128, depth=4, side_depth=2),
+    "S": dict(width=256, depth=6, side_depth=3),
+    "B": dict(width=512, depth=12, side_depth=4),
+}
+
+
+class Encoder(nn.Module):
+    """Tokens to latents: half of the blocks before, half after joining `downsample` frames to one."""
+
+    width: int
+    depth: int
+    downsample: int
+    latent_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l f"]) -> Float[Array, "b m k"]:
+        y = nn.Dense(self.width)(x)
+        for _ in range(self.depth // 2):
+            y = layers.Block(dtype=self.dtype)(y)
+        b, l, d = y.shape
+        y = nn.Dense(self.width)(y.reshape(b, l // self.downsample, self.downsample * d))
+        for _ in range(self.depth - self.depth // 2):
+            y = layers.Block(dtype=self.dtype)(y)
+        return nn.Dense(self.latent_dim)(nn.LayerNorm(epsilon=1e-5)(y))
+
+
+class Upsampler(nn.Module):
+    """Quantized latents to a conditioning vector for every frame; the encoder's mirror image."""
+
+    width: int
+    depth: int
+    upsample: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:
+        y = nn.Dense(self.width)(latents)
+        for _ in range(self.depth - self.depth // 2):
+            y = layers.Block(dtype=self.dtype)(y)
+        b, m, _ = y.shape
+        y = nn.Dense(self.upsample * self.width)(y).reshape(b, m * self.upsample, self.width)
+        for _ in range(self.depth // 2):
+            y = layers.Block(dtype=self.dtype)(y)
+        return nn.LayerNorm(epsilon=1e-5)(y)
+
+
+class CodecModel(nn.Module):
+    """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`."""
+
+    features: int
+    variant: str = "Ti"
+    backbone: str = "conv"
+    output: str = "x"
+    quantizer: str = "fsq"
+    fsq_levels: int = 4
+    latent_dim: int = 64
+    downsample: int = 2
+    time_scale: float = 1.0
+    dtype: str = "float32"
+
+    def setup(self):
+        for field, value, known in (
+            ("variant", self.variant, VARIANTS),
+            ("backbone", self.backbone, BACKBONES),
+            ("output", self.output, ("x", "u")),
+            ("quantizer", self.quantizer, ("fsq", "none")),
+        ):
+            if value not in known:
+                raise InputError(f"model.{field} is {value!r}; choose one of {', '.join(known)}")
+        size, dtype = VARIANTS[self.variant], jnp.dtype(self.dtype)
+        width, side = size["width"], size["side_depth"]
+        self.encoder = Encoder(width, side, self.downsample, self.latent_dim, dtype)
+        self.upsampler = Upsampler(width, side, self.downsample, dtype)
+        self.decoder = BACKBONES[self.backbone](
+            width, size["depth"], time_scale=self.time_scale, dtype=dtype
+        )
+
+    def encode(
+        self, x: Float[Array, "b l f"]
+    ) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"], dict[str, Any]]:
+        """Return quantized latents, their codes and the quantizer's metrics; m = l / downsample."""
+        latents = self.encoder(x)
+        if self.quantizer == "none":
+            return latents, jnp.zeros(latents.shape, jnp.int32), {}
+        return quantizers.fsq(latents, self.fsq_levels)
+
+    def condition(self, x: Float[Array, "b l f"]) -> tuple[Float[Array, "b l d"], dict[str, Any]]:
+        """Return what the decoder may know of x: the upsampled code, with the quantizer's metrics."""
+        quantized, _, metrics = self.encode(x)
+        return self.upsampler(quantized), metrics
+
+    def flow(
+        self,
+        z: Float[Array, "b l f"],
+        t: Float[Array, "b"],
+        r: Float[Array, "b"],
+        cond: Float[Array, "b l d"],
+    ) -> Float[Array, "b l f"]:
+        """Return the average velocity u(z_t, t, r | cond) over [r, t], t = 1 being noise and t = 0 data."""
+        raw = self.decoder(z, t, t - r, cond)
+        if self.output == "u":
+            return raw
+        return (z - raw) / jnp.clip(t, 0.05, 1.0)[:, None, None]
+
+    def __call__(self, x: Float[Array, "b l f"]) -> Float[Array, "b l f"]:
+        """Touch every parameter once, for initialisation."""
+        cond, _ = self.condition(x)
+        ones = jnp.ones(x.shape[0])
+        return self.flow(jnp.zeros_like(x), ones, jnp.zeros_like(ones), cond)

@@ -1,0 +1,31 @@
+"""What a run carries from step to step and into its checkpoints."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+class TrainState(struct.PyTreeNode):
+    """Parameters with their average and optimizer, and the measured scale of the tokens (see preprocessing.scaling)."""
+
+    step: Int[Array, ""]
+    params: Any
+    ema_params: Any
+    opt_state: optax.OptState
+    scale: Float[Array, "f"]
+
+    @classmethod
+    def create(cls, params: Any, tx: optax.GradientTransformation, scale: Array) -> "TrainState":
+        """Start a run at step 0; the average starts at the parameters."""
+        copy = jax.tree.map(jnp.copy, params)
+        return cls(jnp.zeros((), jnp.int32), params, copy, tx.init(params), scale)
+
+
+def ema_update(ema_params: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
+    """Average with warm-up: decay min(decay, (1 + n) / (10 + n)) after n steps, so that short runs forget their start."""
+    rate = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda average, new: average * rate + new * (1 - rate), ema_params, params)

@@ -1,0 +1,76 @@
+"""One Orbax save of two items a step: `state` (the train state) and `data` (the position in the data stream).
+
+Saves run in the background and are atomic: a step's folder appears under its name only when it is complete, so the newest
+folder can always be restored, whenever the process was killed.
+"""
+
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from meanflow_audio_codec.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, `workdir/checkpoints/<step>/`."""
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(epath.Path(workdir).absolute() / "checkpoints", options=options)
+
+    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+        """Start saving; draw the next batch only after this returns, or the data position is one too far."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
+        self._manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Wait for the save under way and raise what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and stop the saving threads."""
+        self._manager.close()
+
+    def restore(self, step: int, state: Any, data: grain.DatasetIterator) -> Any:
+        """Return the state of `step`, shaped and placed like `state`, and move `data` to its position."""
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(template), data=grain.checkpoint.CheckpointRestore(data)
+        )
+        return self._manager.restore(step, args=items)["state"]
+
+
+def newest_step(workdir: epath.PathLike) -> int | None:
+    """Return the step of the newest complete checkpoint in `workdir`, or None. Touches nothing."""
+    folder = epath.Path(workdir) / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    return max(steps, default=None)
+
+
+def restore_state(workdir: str, field: str, template: Any) -> Any:
+    """Return the parts of another run's newest train state that `template` has, for `resume` and `init_from`.
+
+    Raises:
+        InputError: `workdir`, given by config field `field`, holds no complete checkpoint, or one of another model.
+    """
+    step = newest_step(workdir)
+    if step is None:
+        raise InputError(f"{field}: no complete checkpoint in {workdir}; give a finished or running workdir")
+    path = epath.Path(workdir).expanduser().absolute() / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.restore(path)
+    by_name = dict(_named_leaves(saved))
+    leaves = []
+    for name, leaf in _named_leaves(template):
+        if name not in by_name or by_name[name].shape != leaf.shape:
+            raise InputError(f"{field}: {workdir} holds another model ({name} differs); give one of this config's shape")
+        leaves.append(by_name[name])
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs]

@@ -1,0 +1,108 @@
+"""Where a run's numbers go: metrics.jsonl, timings.jsonl, tensorboard/, and the terminal or the log.
+
+`metrics.jsonl` holds one JSON object a line, `step` and `group/name_unit` scalars, and nothing that depends on the clock:
+it is a function of the config alone, so an interrupted run ends with the very same bytes as an uninterrupted one.
+Times are in `timings.jsonl`.
+"""
+
+import json
+import logging
+import math
+import sys
+import time
+from typing import Any
+
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class MetricWriter:
+    """Write the metrics of one workdir from `step` on; lines past `step` are dropped, so that no step repeats."""
+
+    def __init__(self, workdir: epath.Path, step: int):
+        self._files = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timings")}
+        for path in self._files.values():
+            _truncate(path, step)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line of scalars at `step`.
+
+        Raises:
+            FloatingPointError: a metric is not finite; it is not written.
+        """
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(f"not finite at step {step}: {', '.join(broken)}")
+        self._append("metrics", {"step": step, **metrics})
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def write_timing(self, step: int, steps_per_s: float, examples_per_s: float) -> None:
+        """Append the wall clock (seconds since 1970) and the speed at `step`."""
+        timing = {"step": step, "time": time.time(), "steps_per_s": steps_per_s, "examples_per_s": examples_per_s}
+        self._append("timings", timing)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with self._files[name].open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Flush the event files."""
+        self._board.close()
+
+
+def _truncate(path: epath.Path, step: int) -> None:
+    """Keep the complete lines up to `step`, atomically."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+
+
+class Progress:
+    """Steps/s, examples/s and time left: a bar on a terminal, log lines elsewhere."""
+
+    def __init__(self, first_step: int, total_steps: int, batch_size: int):
+        self._batch_size, self._total = batch_size, total_steps
+        self._step, self._time = first_step, time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def advance(self) -> None:
+        """Count one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, step: int, metrics: dict[str, float]) -> tuple[float, float]:
+        """Show the loss and the speed since the last report; return steps/s and examples/s."""
+        now = time.monotonic()
+        steps_per_s = (step - self._step) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        loss, examples_per_s = metrics["train/loss"], steps_per_s * self._batch_size
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4g}, {examples_per_s:.0f} examples/s")
+        else:
+            left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / steps_per_s))
+            log.info(
+                "step %d/%d  loss %.4g  %.2f steps/s  %.0f examples/s  %s left",
+                *(step, self._total, loss, steps_per_s, examples_per_s, left),
+            )
+        return steps_per_s, examples_per_s
+
+    def skip(self) -> None:
+        """Leave the time since the last report (an evaluation, a save) out of the speed."""
+        self._time = time.monotonic()
+
+    def close(self) -> None:
+        """Finish the bar's line."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,285 @@
+"""The training loop, top to bottom.
+
+Order of a step, which exact resume rests on: draw the batch, update, log, evaluate, save state and data position together,
+and only then draw the next batch. Everything at or before a saved step is therefore on disk when the save begins.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from meanflow_audio_codec import configuration
+from meanflow_audio_codec.datasets import audio as audio_files
+from meanflow_audio_codec.datasets import pipeline
+from meanflow_audio_codec.errors import InputError
+from meanflow_audio_codec.evaluators import common as evaluators
+from meanflow_audio_codec.evaluators.report import write_report
+from meanflow_audio_codec.models.codec import CodecModel
+from meanflow_audio_codec.models.train_state import TrainState
+from meanflow_audio_codec.preprocessing import scaling
+from meanflow_audio_codec.preprocessing.tokenizers import TOKENIZERS
+from meanflow_audio_codec.trainers import training_steps
+from meanflow_audio_codec.trainers.checkpoints import Checkpoints, newest_step, restore_state
+from meanflow_audio_codec.trainers.metric_writers import MetricWriter, Progress
+from meanflow_audio_codec.trainers.objectives import OBJECTIVES
+from meanflow_audio_codec.trainers.optimizers import make_optimizer
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+    """Train as `config` says, keeping everything in `workdir`; a second call with the same arguments resumes.
+
+    Returns the final state. Nothing is written before config and data have been checked.
+
+    Raises:
+        InputError: a wrong config, data folder or workdir.
+        FloatingPointError: a metric is not finite; the last checkpoint is intact.
+    """
+    workdir = epath.Path(workdir).expanduser()
+    configuration.check_config(config)
+    _check_workdir(config, workdir)
+    if config.objective.name not in OBJECTIVES:
+        raise InputError(f"objective.name is {config.objective.name!r}; choose one of {', '.join(OBJECTIVES)}")
+
+    ################################################ Devices: batches are split over all, parameters copied to each.
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    batched, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    batch_size = config.input.batch_size
+    if batch_size % mesh.size:
+        raise InputError(f"input.batch_size={batch_size} is not divisible by {mesh.size} devices; choose a multiple")
+
+    ################################################ Input
+    tokenizer = _build("tokens", TOKENIZERS, config.tokens)
+    train_files, valid_files = _find_files(config)
+    loader, steps_per_epoch = _training_data(config, tokenizer, train_files, config.seed)
+    total_steps = configuration.duration_steps(config, "total", batch_size, steps_per_epoch, None)
+    every = lambda spec, name: configuration.duration_steps(
+        spec, name, batch_size, steps_per_epoch, total_steps
+    )
+
+    ################################################ Model and optimizer
+    features = tokenizer.num_features(config.input.channels)
+    model = CodecModel(features=features, **_checked_fields("model", CodecModel, config.model))
+    tx, schedule = make_optimizer(config, total_steps, steps_per_epoch)
+
+    @jax.jit
+    def init(rng, scale):
+        x = jnp.zeros((1, config.input.num_tokens, features))
+        return TrainState.create(model.init(rng, x)["params"], tx, scale)
+
+    state = init(jax.random.key(config.seed), jnp.ones(features))
+    train_step = training_steps.make_train_step(model, tokenizer, tx, config)
+    predict_fns = training_steps.make_predict_fns(model, tokenizer, config)
+
+    ################################################ Evaluators
+    def clips(num_clips: int, seconds: float) -> tuple[np.ndarray, list[str]]:
+        return _evaluation_clips(config, tokenizer, valid_files, num_clips, seconds)
+
+    context = evaluators.Context(predict_fns, clips, config.input.sample_rate, batch_size, workdir)
+    evals = [
+        (name, every(spec, "every"), evaluator)
+        for name, spec, evaluator in evaluators.from_config(config.evals, context)
+    ]
+    log_steps, checkpoint_steps = every(config, "log"), every(config, "checkpoint")
+
+    ################################################ Workdir and restore: own checkpoint, another run's, parameters, scratch
+    data = iter(loader)
+    first_step = newest_step(workdir)
+    if first_step is None and config.resume:
+        state = restore_state(config.resume, "resume", state)
+    elif first_step is None:
+        state = state.replace(scale=_measure_scale(config, tokenizer, train_files))
+        if config.init_from:
+            params = restore_state(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
+            state = state.replace(params=params, ema_params=params)
+    state = jax.device_put(state, replicated)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(configuration.to_json(config))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_logging_to(workdir))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
+        if first_step is not None:
+            state = checkpoints.restore(first_step, state, data)
+        first_step = int(state.step)
+        writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, first_step)))
+        _announce(config, tokenizer, state, train_files, first_step, total_steps)
+
+        ############################################ Loop
+        progress = stack.enter_context(contextlib.closing(Progress(first_step, total_steps, batch_size)))
+        for step in range(first_step + 1, total_steps + 1):
+            batch = {"audio": jax.make_array_from_process_local_data(batched, next(data)["audio"])}
+            state, metrics = train_step(state, batch)
+            progress.advance()
+
+            if step % log_steps == 0 or step == total_steps:
+                metrics = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+                writer.write(step, metrics | {"train/lr": float(schedule(step - 1))})
+                writer.write_timing(step, *progress.report(step, metrics))
+
+            due = [(name, evaluator) for name, steps, evaluator in evals if step % steps == 0 or step == total_steps]
+            if due:
+                scores = {key: value for _, evaluator in due for key, value in evaluator.run(state)}
+                if scores:
+                    writer.write(step, scores)
+                    log.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+                write_report(workdir)
+                progress.skip()
+
+            if step % checkpoint_steps == 0 or step == total_steps:
+                _check_finite(step, metrics)
+                checkpoints.save(step, state, data)
+                progress.skip()
+        checkpoints.wait()
+        write_report(workdir)
+        log.info("done: step %d, report in %s", total_steps, workdir / "report.html")
+    return state
+
+
+def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
+    """Refuse a workdir that holds another run, or something else."""
+    saved = workdir / "config.json"
+    if not saved.exists():
+        if workdir.exists() and (not workdir.is_dir() or newest_step(workdir) is not None):
+            raise InputError(f"--workdir: {workdir} is not the workdir of a run; choose another")
+        return
+    changed = configuration.changed_fields(json.loads(saved.read_text()), config)
+    if changed:
+        raise InputError(
+            f"--workdir: {workdir} holds a run with another config ({'; '.join(changed)}); "
+            "choose another workdir, or give that run's config"
+        )
+
+
+def _find_files(config: ConfigDict) -> tuple[list | None, list | None]:
+    """Return training and validation files; None stands for synthetic music."""
+    if not config.input.data_dir:
+        return None, None
+    scan = lambda folder: audio_files.scan_folder(folder, bad_files=config.input.bad_files)
+    files = scan(config.input.data_dir)
+    if config.input.valid_dir:
+        return files, scan(config.input.valid_dir)
+    return audio_files.split_files(files, valid_fraction=0.05)
+
+
+def _training_data(config: ConfigDict, tokenizer: Any, files: list | None, seed: int) -> tuple[Any, int | None]:
+    """Return the stream of training batches, and the steps of an epoch (None for synthetic music)."""
+    spec = config.input
+    if spec.num_tokens % config.model.downsample:
+        raise InputError(f"input.num_tokens={spec.num_tokens} is not a multiple of model.downsample")
+    segment_samples = tokenizer.segment_samples(spec.num_tokens)
+    loader = pipeline.build_audio_pipeline(
+        files=files,
+        sample_rate=spec.sample_rate,
+        segment_samples=segment_samples,
+        batch_size=spec.batch_size // jax.process_count(),
+        seed=seed,
+        channels=spec.channels,
+        gain_db=tuple(spec.gain_db),
+        polarity=spec.polarity,
+        silence_db=spec.silence_db,
+        short_files=spec.short_files,
+        read_threads=spec.read_threads,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+    if files is None:
+        return loader, None
+    segments = sum(max(1, int(file.duration * spec.sample_rate / segment_samples)) for file in files)
+    return loader, max(1, segments // spec.batch_size)
+
+
+def _evaluation_clips(
+    config: ConfigDict, tokenizer: Any, files: list | None, num_clips: int, seconds: float
+) -> tuple[np.ndarray, list[str]]:
+    """Return fixed clips of about `seconds`, of a length that fills whole latents."""
+    step = config.model.downsample
+    num_tokens = step * round(seconds * config.input.sample_rate / tokenizer.samples_per_token / step)
+    return pipeline.eval_clips(
+        files=files,
+        sample_rate=config.input.sample_rate,
+        segment_samples=tokenizer.segment_samples(max(step, num_tokens)),
+        num_clips=num_clips,
+        channels=config.input.channels,
+        seed=config.seed,
+    )
+
+
+def _measure_scale(config: ConfigDict, tokenizer: Any, files: list | None) -> jax.Array:
+    """Return each feature's RMS after companding, over at least 256 training segments drawn for this alone."""
+    data = iter(_training_data(config, tokenizer, files, config.seed + 1)[0])
+    audio = np.concatenate([next(data)["audio"] for _ in range(-(-256 // config.input.batch_size))])
+    tokens = scaling.compand(tokenizer.tokenize(audio), config.tokens.exponent, config.tokens.eps)
+    return scaling.band_scale(tokens, tokenizer.bands(config.input.channels, config.input.sample_rate))
+
+
+def _build(group: str, classes: dict[str, type], spec: ConfigDict) -> Any:
+    """Build the class that `spec.name` names from the fields of `spec` that it has."""
+    if spec.name not in classes:
+        raise InputError(f"{group}.name is {spec.name!r}; choose one of {', '.join(classes)}")
+    fields = {field.name for field in dataclasses.fields(classes[spec.name])}
+    return classes[spec.name](**{name: value for name, value in spec.items() if name in fields})
+
+
+def _checked_fields(group: str, cls: type, spec: ConfigDict) -> dict[str, Any]:
+    """Return `spec` as keyword arguments of `cls`, refusing those that it has not."""
+    fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    for name in spec.keys():
+        if name not in fields:
+            raise InputError(f"{group}.{name}: no such field{configuration.near_match(name, fields)}")
+    return dict(spec.items())
+
+
+@contextlib.contextmanager
+def _logging_to(workdir: epath.Path) -> Iterator[None]:
+    """Copy the log to workdir/train.log."""
+    with (workdir / "train.log").open("a") as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        root = logging.getLogger()
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+
+
+def _announce(
+    config: ConfigDict, tokenizer: Any, state: TrainState, files: list | None, first_step: int, total_steps: int
+) -> None:
+    """Log what is about to happen, the data first."""
+    if files is None:
+        log.info("data: built-in synthetic music; input.data_dir trains on a folder of audio")
+    else:
+        hours = sum(file.duration for file in files) / 3600
+        log.info("data: %.2f h of audio in %d files of %s", hours, len(files), config.input.data_dir)
+    token_rate = config.input.sample_rate / tokenizer.samples_per_token
+    code = "no quantizer"
+    if config.model.quantizer == "fsq":
+        bits = config.model.latent_dim * math.log2(config.model.fsq_levels)
+        code = f"{token_rate / config.model.downsample * bits / 1000:.2f} kbps"
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    log.info(
+        "%s, %.2f M parameters, %.2f tokens/s, %s; steps %d to %d on %d %s",
+        *(config.objective.name, parameters / 1e6, token_rate, code),
+        *(first_step + 1, total_steps, jax.device_count(), jax.default_backend()),
+    )
+
+
+def _check_finite(step: int, metrics: dict[str, Any]) -> None:
+    """Keep a broken state out of the checkpoints."""
+    loss = float(metrics.get("loss", metrics.get("train/loss", 0.0)))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}; the last checkpoint is intact")

@@ -1,0 +1,6 @@
+"""Train a codec: python train.py --config configs/meanflow_mdct.py --workdir DIR (see meanflow_audio_codec/tools/train.py)."""
+
+from meanflow_audio_codec.tools.train import main
+
+if __name__ == "__main__":
+    main()
