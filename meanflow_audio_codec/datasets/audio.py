@@ -1,13 +1,18 @@
 """Audio files of a folder: scan once, then read any stretch of any of them by seek.
 
-Positions and lengths inside a file are frames (one sample for each channel) at the file's own rate. A crop is float32
-[samples, channels], channels last, full scale 1.0; lossy files may decode above it.
+Positions and lengths inside a file are frames (one sample for each channel) at the file's own rate.
+A crop is float32 [samples, channels], channels last, full scale 1.0; lossy files may decode above.
 
-Decoding is libsndfile's, through `soundfile`. Open handles are kept, because opening an MP3 costs 10 to 35 ms, but a seek
-on a used handle is not sample exact in MP3 and Ogg Vorbis (errors up to full scale after a short seek;
-libsndfile issue 885). A seek to frame 0 first makes the result that of a fresh handle, hence a function of (file, start)
-alone. Within the last page of an Ogg file the start is then still off by up to one block, the same every time.
-Resampling is `soxr`, quality HQ (linear phase, -20 bit).
+Decoding is libsndfile's, through `soundfile`. What a seek returns must be a function of (file,
+start) alone, or training would not resume exactly, and with open handles that takes care:
+
+- Ogg: a used handle is off by up to full scale after some seeks (libsndfile issue 885); one that
+  went to frame 0 first equals a fresh one. Within the last page both may start up to one block
+  off, the same every time.
+- MP3: the decoder's rounding depends on how many frames the handle has decoded, so each read opens
+  the file, which costs about 2 ms for each minute of it. Hour-long MP3s are better turned to FLAC.
+
+Resampling is `soxr`, quality HQ (linear phase, 20 bits).
 """
 
 import collections
@@ -28,7 +33,7 @@ from jaxtyping import Float
 
 from meanflow_audio_codec.errors import InputError
 
-FORMATS = (".wav", ".flac", ".ogg", ".mp3")
+FORMATS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 _TAIL_FRAMES = 64
 _MAX_HANDLES = 32  # for each thread
 # Half the length of soxr's HQ filter is about 100 samples at the lower of the two rates.
@@ -72,7 +77,7 @@ def scan_folder(
     """List the audio files below a folder, after decoding the head and the last frames of each.
 
     Args:
-        data_dir: Folder, searched with its subfolders (links followed) for WAV, FLAC, OGG and MP3.
+        data_dir: Folder, searched with its subfolders (links followed) for `FORMATS`.
             Names that begin with a dot are left out.
         manifest: JSON-lines file that remembers the scan: a file whose path, size and modification
             time agree is not opened again. Written by this call; None keeps nothing.
@@ -89,7 +94,8 @@ def scan_folder(
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise InputError(
-            f"input.data_dir={str(data_dir)!r} is not a folder: name one with {', '.join(FORMATS)} files"
+            f"input.data_dir={str(data_dir)!r} is not a folder: name one that holds "
+            f"{', '.join(FORMATS)} files"
         )
     found = _find(root)
     known = {} if manifest is None else _read_manifest(Path(manifest), root)
@@ -115,7 +121,7 @@ def read_crop(file: AudioFile, start: int, frames: int) -> Float[np.ndarray, "s 
     where = f"{file.path}: frames {start} to {start + frames} of {file.frames}"
     try:
         handle = _handle(file)
-        handle.seek(0)  # see the module's docstring
+        handle.seek(0)  # see the module's docstring; nothing is read
         handle.seek(start)
         audio = handle.read(frames, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
@@ -134,8 +140,8 @@ def load_crop(
 ) -> Float[np.ndarray, "{segment_samples} {channels}"]:
     """Read a segment at another rate and channel count; past the file's end it is zeros.
 
-    At the file's own rate and channel count the samples are the file's, bit for bit. Otherwise sample
-    k lies at the time start / file.sample_rate + k / sample_rate, as if cut from the resampled file.
+    At the file's own rate and channel count the samples are the file's, bit for bit. Otherwise
+    sample k is at start / file.sample_rate + k / sample_rate seconds, as in the resampled file.
 
     Args:
         file: A scanned file.
@@ -170,7 +176,8 @@ def check_channels(file: AudioFile, channels: int) -> None:
         raise InputError(f"input.channels={channels}: choose 1 (mean of the channels) or 2")
     if channels < file.channels and channels != 1:
         raise InputError(
-            f"{file.path} has {file.channels} channels: set input.channels=1 (their mean) or remove the file"
+            f"{file.path} has {file.channels} channels: set input.channels=1 (their mean) or "
+            "remove the file"
         )
 
 
@@ -219,7 +226,7 @@ def _find(root: Path) -> list[str]:
 
 
 def _probe(root: Path, name: str, known: AudioFile | None) -> AudioFile | str:
-    """The file's properties, or why it does not decode. The tail is read: a truncated FLAC has a sound head."""
+    """The file's properties, or why it does not decode; a truncated FLAC fails only at its tail."""
     path = root / name
     stat = path.stat()
     if known is not None and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
@@ -283,12 +290,15 @@ _handles = _Handles()
 
 def _handle(file: AudioFile) -> soundfile.SoundFile:
     opened = _handles.opened
-    if file not in opened:
-        opened[file] = soundfile.SoundFile(file.path)
+    if file in opened:
+        opened.move_to_end(file)
+        return opened[file]
+    handle = soundfile.SoundFile(file.path)
+    if handle.format != "MP3":  # see the module's docstring; closed with its last reference
+        opened[file] = handle
         if len(opened) > _MAX_HANDLES:
             opened.popitem(last=False)[1].close()
-    opened.move_to_end(file)
-    return opened[file]
+    return handle
 
 
 def _read_padded(file: AudioFile, start: int, stop: int) -> Float[np.ndarray, "s c"]:

@@ -1,10 +1,11 @@
-"""The Grain chain from audio files, or from synthetic music, to batches; and the fixed evaluation clips.
+"""The Grain chain from audio files or synthetic music to batches, and the fixed evaluation clips.
 
     file numbers ▶ shuffle ▶ repeat ▶ random crop ▶ gain, polarity ▶ shard ▶ batch ▶ read threads
 
-An epoch visits a file once for every whole segment in it, at random positions, so that files count by their length. Each
-crop's randomness is a function of (seed, place in the stream): the iterator's state is one number, and batches come back
-bit for bit from it with any number of threads. No worker processes, no TensorFlow.
+An epoch visits a file once for every whole segment in it, at random positions, so that files count
+by their length. Each crop's randomness is a function of (seed, place in the stream): the iterator's
+state is one number, and batches come back bit for bit from it with any number of threads. No worker
+processes, no TensorFlow.
 """
 
 import logging
@@ -107,8 +108,8 @@ def eval_clips(
 ) -> tuple[Float[np.ndarray, "{num_clips} {segment_samples} {channels}"], list[str]]:
     """Cut the fixed clips on which reconstructions are judged, from as many files as there are.
 
-    A function of its arguments alone. Nothing is augmented; peaks above 1 are scaled down to 1, short
-    files are padded with zeros, and silence is avoided as in training.
+    A function of its arguments alone. Nothing is augmented; peaks above 1 are scaled down to 1,
+    short files are padded with zeros, and silence is avoided as in training.
 
     Returns:
         The clips, and for each the file's name and its position there in seconds.
@@ -138,7 +139,7 @@ def eval_clips(
 
 
 class _Segments:
-    """The numbers 0, 1, ... of the files, each as often as whole segments fit into it, at least once."""
+    """The files' numbers, each as often as whole segments fit into the file, at least once."""
 
     def __init__(self, segments_per_file: list[float]):
         self._ends = np.cumsum([max(1, math.floor(count)) for count in segments_per_file])

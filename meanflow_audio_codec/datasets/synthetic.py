@@ -1,13 +1,14 @@
 """Procedural music for a first run: unlimited, seeded, nothing to download.
 
-A clip is a few bars by a small band in one key and tempo: a chord progression as block chords, arpeggio or bowed pad, with or
-without bass, melody, drums and a bed of noise, in some room, now and then with a stretch of silence. Clip i is a function of
-(seed, i) alone.
+A clip is a few bars by a small band in one key and tempo: a chord progression as block chords,
+arpeggio or bowed pad, with or without bass, melody, drums and a bed of noise, in some room, now and
+then with a stretch of silence. Clip i is a function of (seed, i) alone.
 
-Tones are read from wavetables of one period, table[phase], the phase an integer that wraps by itself:
-phase(n) = n * inc mod 2**32, inc = 2**32 f / sample_rate. A table is a Fourier series of harmonics 1..K; each note takes the
-table with the largest K that stays below the Nyquist frequency, so nothing folds (Chamberlin, Musical Applications of
-Microprocessors, ch. 13). Decays are slices of a few precomputed exponentials. Hence about 1 ms for a second at 24 kHz.
+Tones are read from wavetables of one period, table[phase], the phase an integer that wraps by
+itself: phase(n) = n * inc mod 2**32, inc = 2**32 f / sample_rate. A table is a Fourier series of
+harmonics 1..K; each note takes the table with the largest K that stays below the Nyquist frequency,
+so nothing folds. Decays are slices of a few precomputed exponentials. Hence about 1 ms for a second
+at 24 kHz.
 """
 
 import dataclasses
@@ -88,7 +89,8 @@ class _Song:
 class SyntheticMusic:
     """A source of clips for Grain: `len` and `[i]`, each clip float32 [segment_samples, channels].
 
-    The RMS of a clip lies between -30 and -6 dB re full scale, lower where the peak would pass 0.95.
+    The RMS of a clip lies between -30 and -6 dB re full scale, lower where the peak would pass
+    0.95.
 
     Args:
         sample_rate: Hz, 8,000 to 96,000.

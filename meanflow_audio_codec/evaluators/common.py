@@ -30,9 +30,7 @@ def from_config(evals: ConfigDict, context: Context) -> Iterator[tuple[str, Conf
     """Yield (name, spec, evaluator) for each of `config.evals`: its `type` names the module, the rest its arguments."""
     for name, spec in evals.items():
         if spec.type not in TYPES:
-            raise InputError(
-                f"evals.{name}.type is {spec.type!r}; choose one of {', '.join(TYPES)}"
-            )
+            raise InputError(f"evals.{name}.type is {spec.type!r}; choose one of {', '.join(TYPES)}")
         module = importlib.import_module(f"meanflow_audio_codec.evaluators.{spec.type}")
         arguments = {k: v for k, v in spec.items() if k != "type" and not k.startswith("every_")}
         yield name, spec, module.Evaluator(context, **arguments)

@@ -46,9 +46,7 @@ LSD_WINDOW = 2048
 CLAMP = 1e-5  # on magnitudes and mels (DAC)
 FLOOR_DBFS = -100.0
 SI_SDR_LIMIT_DB = 100.0
-SILENCE = (
-    1e-20  # mean square after the mean is removed; float32 rounding of a constant stays below it
-)
+SILENCE = 1e-20  # mean square after the mean is removed; float32 rounding of a constant stays below it
 
 
 def audio_metrics(
@@ -78,9 +76,7 @@ def audio_metrics(
     }
 
 
-def si_sdr_db(
-    reference: Float[np.ndarray, "*b s"], decoded: Float[np.ndarray, "*b s"]
-) -> Float64[np.ndarray, "*b"]:
+def si_sdr_db(reference: Float[np.ndarray, "*b s"], decoded: Float[np.ndarray, "*b s"]) -> Float64[np.ndarray, "*b"]:
     """Compute the scale-invariant signal-to-distortion ratio, in dB within [-100, 100].
 
     Both signals lose their mean, and the gain is fitted on the reference. A silent clip (constant,
@@ -111,9 +107,7 @@ def mrstft_distance(
     return _each_clip(_mrstft_distance, reference, decoded)
 
 
-def lsd_db(
-    reference: Float[np.ndarray, "*b s"], decoded: Float[np.ndarray, "*b s"]
-) -> Float64[np.ndarray, "*b"]:
+def lsd_db(reference: Float[np.ndarray, "*b s"], decoded: Float[np.ndarray, "*b s"]) -> Float64[np.ndarray, "*b"]:
     """Compute the log-spectral distance in dB. A gain of g dB costs |g| unless bins are floored."""
     return _each_clip(_lsd_db, reference, decoded)
 
@@ -132,9 +126,7 @@ def stft(
     return scipy.fft.rfft(frames * hann(window_length), n=fft_length, axis=-1)
 
 
-def spectrogram_dbfs(
-    audio: Float[np.ndarray, " s"], window_length: int, hop_length: int
-) -> Float32[np.ndarray, "l f"]:
+def spectrogram_dbfs(audio: Float[np.ndarray, " s"], window_length: int, hop_length: int) -> Float32[np.ndarray, "l f"]:
     """Compute the spectrogram in dB where a full-scale sine on a bin reads 0, floored at -100."""
     full_scale = (window_length / 4) ** 2  # Hann sums to w / 2, and half of it goes to -f
     power = _power(stft(audio, window_length, hop_length)) / full_scale
@@ -148,9 +140,7 @@ def hann(window_length: int) -> Float32[np.ndarray, " w"]:
 
 
 @functools.lru_cache
-def mel_filterbank(
-    sample_rate: int, window_length: int, num_mels: int
-) -> Float32[np.ndarray, "f m"]:
+def mel_filterbank(sample_rate: int, window_length: int, num_mels: int) -> Float32[np.ndarray, "f m"]:
     """Return triangles on Slaney's mel scale to sample_rate / 2, of unit area in Hz as in librosa.
 
     Shared: read only. A triangle narrower than the spacing of the bins may hold none of them; it
@@ -166,9 +156,7 @@ def mel_filterbank(
 def hz_to_mel(hz: float | np.ndarray) -> np.ndarray:
     """Map Hz to Slaney's mels: linear to 1000 Hz = 15 mels, then 27 mels for each factor 6.4."""
     hz = np.asarray(hz, np.float64)
-    return np.where(
-        hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4)
-    )
+    return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
 
 
 def mel_to_hz(mel: float | np.ndarray) -> np.ndarray:
@@ -207,9 +195,7 @@ def _mel_distance(x: np.ndarray, y: np.ndarray, sample_rate: int) -> float:
     total = 0.0
     for window_length, num_mels in MEL_SCALES:
         filterbank = mel_filterbank(sample_rate, window_length, num_mels)
-        x_mel, y_mel = (
-            np.sqrt(_power(stft(a, window_length, window_length // 4))) @ filterbank for a in (x, y)
-        )
+        x_mel, y_mel = (np.sqrt(_power(stft(a, window_length, window_length // 4))) @ filterbank for a in (x, y))
         total += _mean_abs(np.log10(np.maximum(x_mel, CLAMP) / np.maximum(y_mel, CLAMP)))
     return total
 
@@ -227,8 +213,7 @@ def _mrstft_distance(x: np.ndarray, y: np.ndarray) -> float:
     total = 0.0
     for fft_length, hop_length, window_length in MRSTFT_SIZES:
         x_mag, y_mag = (
-            np.sqrt(np.maximum(_power(stft(a, window_length, hop_length, fft_length)), 1e-8))
-            for a in (x, y)
+            np.sqrt(np.maximum(_power(stft(a, window_length, hop_length, fft_length)), 1e-8)) for a in (x, y)
         )
         convergence = np.linalg.norm(x_mag - y_mag) / np.linalg.norm(x_mag)
         total += convergence + _mean_abs(np.log(x_mag / y_mag))

@@ -61,7 +61,5 @@ def _newest_mse(workdir: str) -> float:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     values = [row[key] for row in rows if key in row]
     if not values:
-        raise InputError(
-            f"evals.reconstruction.autoencoder: {path} holds no {key}; give an autoencoder's workdir"
-        )
+        raise InputError(f"evals.reconstruction.autoencoder: {path} holds no {key}; give an autoencoder's workdir")
     return values[-1]

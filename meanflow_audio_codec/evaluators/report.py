@@ -109,9 +109,7 @@ def _json_lines(path: epath.Path, whole: bool = False) -> list[dict]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    lines = (
-        [text] if whole else text.split("\n")[:-1]
-    )  # what follows the last newline is half a line
+    lines = [text] if whole else text.split("\n")[:-1]  # what follows the last newline is half a line
     objects = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -132,16 +130,12 @@ def _curves(lines: list[dict]) -> Curves:
             variant = f"nfe {int(nfe[1])}" if nfe else ""
             group, _, name = (key.replace(nfe[0], "", 1) if nfe else key).partition("/")
             metric = curves.setdefault(group, {}).setdefault(name.strip("_"), {})
-            metric.setdefault(variant, []).append((line["step"], value))
+            metric.setdefault(variant, []).append((line["step"], float(value)))
     return curves
 
 
 def _summary(config: dict) -> str:
-    rows = [
-        [path, str(value)]
-        for path, value in _leaves(config)
-        if path.rpartition(".")[2] in KEY_FIELDS
-    ]
+    rows = [[path, str(value)] for path, value in _leaves(config) if path.rpartition(".")[2] in KEY_FIELDS]
     return _table(["field", "value"], rows)
 
 
@@ -260,10 +254,8 @@ def _chart(metric: str, variants: dict[str, Points], last_step: int) -> str:
             f'<line x1="{left}" x2="{width - 8}" y1="{to_y(tick):.1f}" y2="{to_y(tick):.1f}"/>'
             f'<text x="{left - 6}" y="{to_y(tick) + 3:.1f}" text-anchor="end">{label}</text>'
         )
-    for tick in _ticks(0, max(last_step, 1)):
-        marks.append(
-            f'<text x="{to_x(tick):.1f}" y="{height - 5}" text-anchor="middle">{_step(tick)}</text>'
-        )
+    for tick in _ticks(0.0, float(max(last_step, 1))):
+        marks.append(f'<text x="{to_x(tick):.1f}" y="{height - 5}" text-anchor="middle">{_step(tick)}</text>')
     lines, legend = [], []
     for index, (variant, points) in enumerate(variants.items()):
         steps, y = np.array(points, np.float64).T
@@ -320,7 +312,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}".replace("-", "\u2212")
+    whole = value == round(value) and abs(value) < 1e7
+    return (f"{value:,.0f}" if whole else f"{value:.4g}").replace("-", "\u2212")
 
 
 def _step(step: float) -> str:
@@ -359,8 +352,8 @@ audio { width: 100%; min-width: 11rem; height: 2.2rem; display: block }
 img { max-width: 100%; display: block } .picture td { padding: .2rem 0 1.2rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1.4rem }
 figure { margin: 0 } figure > svg { width: 100%; display: block }
-figcaption { display: flex; flex-wrap: wrap; gap: 0 .9rem; font-size: .85rem; margin-bottom: .3rem }
-figcaption b { font-weight: 600; flex: 1 } i { font-style: normal }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 .6rem; font-size: .85rem; margin-bottom: .3rem }
+figcaption b { font-weight: 600; flex: 1 } i { font-style: normal; font-size: .75rem }
 svg line { stroke: var(--rule) } svg text { fill: var(--quiet); font-size: 9.5px }
 polyline { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round }
 polyline.raw { stroke-width: .7; opacity: .35 } circle { fill: currentColor }

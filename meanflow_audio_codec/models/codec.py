@@ -99,13 +99,9 @@ class CodecModel(nn.Module):
         width, side = size["width"], size["side_depth"]
         self.encoder = Encoder(width, side, self.downsample, self.latent_dim, dtype)
         self.upsampler = Upsampler(width, side, self.downsample, dtype)
-        self.decoder = BACKBONES[self.backbone](
-            width, size["depth"], time_scale=self.time_scale, dtype=dtype
-        )
+        self.decoder = BACKBONES[self.backbone](width, size["depth"], time_scale=self.time_scale, dtype=dtype)
 
-    def encode(
-        self, x: Float[Array, "b l f"]
-    ) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"], dict[str, Any]]:
+    def encode(self, x: Float[Array, "b l f"]) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"], dict[str, Any]]:
         """Return quantized latents, their codes and the quantizer's metrics; m = l / downsample."""
         latents = self.encoder(x)
         if self.quantizer == "none":

@@ -74,9 +74,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, y: Float[Array, "b l d"], film: Float[Array, "b l w"] | None = None
-    ) -> Float[Array, "b l d"]:
+    def __call__(self, y: Float[Array, "b l d"], film: Float[Array, "b l w"] | None = None) -> Float[Array, "b l d"]:
         width = y.shape[-1]
         residual = DepthwiseConv(self.kernel_size)(y) if self.kernel_size > 1 else y
         residual = nn.LayerNorm(epsilon=1e-5, use_bias=film is None, use_scale=film is None)(residual)

@@ -12,14 +12,15 @@ from jaxtyping import Array, Float, Int
 class TrainState(struct.PyTreeNode):
     """Parameters with their average and optimizer, and the measured scale of the tokens (see preprocessing.scaling)."""
 
-    step: Int[Array, ""]
+    # Any, for JAX also builds states whose leaves are shapes, shardings or None.
+    step: Any  # int32 []
     params: Any
     ema_params: Any
-    opt_state: optax.OptState
-    scale: Float[Array, "f"]
+    opt_state: Any
+    scale: Any  # float32 [f]
 
     @classmethod
-    def create(cls, params: Any, tx: optax.GradientTransformation, scale: Array) -> "TrainState":
+    def create(cls, params: Any, tx: optax.GradientTransformation, scale: Float[Array, "f"]) -> "TrainState":
         """Start a run at step 0; the average starts at the parameters."""
         copy = jax.tree.map(jnp.copy, params)
         return cls(jnp.zeros((), jnp.int32), params, copy, tx.init(params), scale)

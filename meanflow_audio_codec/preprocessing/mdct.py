@@ -9,7 +9,7 @@ A signal of s samples has ceil(s/N) + 1 frames, so that two frames cover every s
 Fold (time-domain aliasing cancellation, TDAC). Cut the windowed frame into quarters (a, b, c, d),
 write r for reversal: the symmetries of the cosine leave N numbers u, of which X_m is the DCT-IV,
 
-    u = (-c_r - d, a - b_r),      X_m[k] = sqrt(2/N) sum_{n=0}^{N-1} u[n] cos(pi/N (n + 1/2)(k + 1/2)).
+    u = (-c_r - d, a - b_r),   X_m[k] = sqrt(2/N) sum_n u[n] cos(pi/N (n + 1/2)(k + 1/2)).
 
 The DCT-IV is orthonormal and its own inverse. A window with w[n] = w[2N-1-n] and
 w[n]^2 + w[n+N]^2 = 1 (Princen-Bradley) makes the fold orthogonal as well. Hence Parseval, sum X^2
@@ -21,16 +21,14 @@ Processing with Lapped Transforms" (1992), for the lapped orthogonal view and th
 """
 
 import functools
-from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Complex, Float
 
 from meanflow_audio_codec.errors import InputError
-
-WindowKind = Literal["sine", "kbd"]
 
 # Up to here one matmul beats the FFT on CPU, which spends its time on shuffles for short frames.
 _MATMUL_MAX_HOP_LENGTH = 128
@@ -39,15 +37,14 @@ _MATMUL_MAX_HOP_LENGTH = 128
 _KBD_ALPHA = 4.0
 
 
-def mdct(
-    x: Float[Array, "*b s"], hop_length: int, window: WindowKind = "sine"
-) -> Float[Array, "*b l n"]:
+@functools.partial(jax.jit, static_argnames=("hop_length", "window"))
+def mdct(x: Float[Array, "*b s"], hop_length: int, window: str = "sine") -> Float[Array, "*b l n"]:
     """Transform a signal to its orthonormal MDCT coefficients.
 
     Args:
         x: Signal, any length. Computed in float32, or float64 for float64 input.
-        hop_length: Coefficients per frame N, in samples; even. Static under jit.
-        window: "sine" (better coding gain) or "kbd" (better far rejection). Static under jit.
+        hop_length: Coefficients per frame N, in samples; even.
+        window: "sine" (better coding gain) or "kbd" (better far rejection).
 
     Returns:
         Coefficients: l = `num_frames(s, hop_length)` frames of n = `hop_length` bins. Bin k is
@@ -64,8 +61,9 @@ def mdct(
     return _dct_iv(_fold(blocks, window))
 
 
+@functools.partial(jax.jit, static_argnames=("hop_length", "window", "length"))
 def imdct(
-    coeffs: Float[Array, "*b l n"], hop_length: int, window: WindowKind = "sine", *, length: int
+    coeffs: Float[Array, "*b l n"], hop_length: int, window: str = "sine", *, length: int
 ) -> Float[Array, "*b s"]:
     """Invert `mdct`, exactly and with gain 1.
 
@@ -90,7 +88,7 @@ def imdct(
     held = (frames - 1) * hop_length
     if not 0 <= length <= held:
         raise InputError(
-            f"length {length} is outside [0, {held}], what {frames} frames of {hop_length} bins hold"
+            f"length {length} is outside [0, {held}], as {frames} frames of {hop_length} hold"
         )
     coeffs = coeffs.astype(jnp.promote_types(coeffs.dtype, jnp.float32))
     blocks = _unfold(_dct_iv(coeffs), window)
@@ -104,7 +102,7 @@ def num_frames(samples: int, hop_length: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def window(hop_length: int, kind: WindowKind = "sine") -> Float[np.ndarray, "{2*hop_length}"]:
+def window(hop_length: int, kind: str = "sine") -> Float[np.ndarray, "{2*hop_length}"]:
     """Return the window of 2N samples, symmetric and power complementary (Princen-Bradley).
 
     Args:
@@ -186,8 +184,8 @@ def _dct_iv_matrix(n: int) -> Float[np.ndarray, "{n} {n}"]:
 
 @functools.lru_cache(maxsize=32)
 def _twist(n: int) -> Complex[np.ndarray, "{n//2}"]:
-    """Return exp(-i pi (k + 1/4) / N), with the root of sqrt(2/N) for each of its two uses."""
-    return _read_only((2 / n) ** 0.25 * np.exp(-1j * np.pi / n * (np.arange(n // 2) + 0.25)))
+    """Return exp(-i pi/N (k + 1/8)) times the root of sqrt(2/N), since it is used twice."""
+    return _read_only((2 / n) ** 0.25 * np.exp(-1j * np.pi / n * (np.arange(n // 2) + 0.125)))
 
 
 def _like(table: np.ndarray, x: Array) -> Array:

@@ -22,7 +22,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from meanflow_audio_codec.errors import InputError
-from meanflow_audio_codec.preprocessing.mdct import WindowKind, imdct, mdct, num_frames, window
+from meanflow_audio_codec.preprocessing.mdct import imdct, mdct, num_frames, window
 
 _NUM_BANDS = 32
 
@@ -39,7 +39,7 @@ class MdctTokenizer:
 
     hop_length: int = 128
     group: int = 2
-    window: WindowKind = "sine"
+    window: str = "sine"
 
     def __post_init__(self):
         window(self.hop_length, self.window)  # raises for a wrong hop_length or window

@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("meanflow_audio_codec").setLevel(logging.INFO)
     try:
         config = configuration.override_from_flags(configuration.load_config(arguments.config), overrides)
         from meanflow_audio_codec.trainers.train import train  # after the config, whose mistakes show at once

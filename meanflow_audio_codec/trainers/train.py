@@ -50,8 +50,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     workdir = epath.Path(workdir).expanduser()
     configuration.check_config(config)
     _check_workdir(config, workdir)
-    if config.objective.name not in OBJECTIVES:
-        raise InputError(f"objective.name is {config.objective.name!r}; choose one of {', '.join(OBJECTIVES)}")
+    _check_objective(config)
 
     ################################################ Devices: batches are split over all, parameters copied to each.
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
@@ -65,9 +64,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     train_files, valid_files = _find_files(config)
     loader, steps_per_epoch = _training_data(config, tokenizer, train_files, config.seed)
     total_steps = configuration.duration_steps(config, "total", batch_size, steps_per_epoch, None)
-    every = lambda spec, name: configuration.duration_steps(
-        spec, name, batch_size, steps_per_epoch, total_steps
-    )
+    every = lambda spec, name: configuration.duration_steps(spec, name, batch_size, steps_per_epoch, total_steps)
 
     ################################################ Model and optimizer
     features = tokenizer.num_features(config.input.channels)
@@ -163,6 +160,15 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
         )
 
 
+def _check_objective(config: ConfigDict) -> None:
+    name = config.objective.name
+    if name not in OBJECTIVES:
+        raise InputError(f"objective.name is {name!r}; choose one of {', '.join(OBJECTIVES)}")
+    for key, spec in config.evals.items():
+        if name == "autoencoder" and set(spec.get("nfe", (1,))) != {1}:
+            raise InputError(f"evals.{key}.nfe={spec.nfe}: an autoencoder decodes by one evaluation; set it to (1,)")
+
+
 def _find_files(config: ConfigDict) -> tuple[list | None, list | None]:
     """Return training and validation files; None stands for synthetic music."""
     if not config.input.data_dir:
@@ -221,7 +227,7 @@ def _measure_scale(config: ConfigDict, tokenizer: Any, files: list | None) -> ja
     """Return each feature's RMS after companding, over at least 256 training segments drawn for this alone."""
     data = iter(_training_data(config, tokenizer, files, config.seed + 1)[0])
     audio = np.concatenate([next(data)["audio"] for _ in range(-(-256 // config.input.batch_size))])
-    tokens = scaling.compand(tokenizer.tokenize(audio), config.tokens.exponent, config.tokens.eps)
+    tokens = scaling.compand(tokenizer.tokenize(jnp.asarray(audio)), config.tokens.exponent, config.tokens.eps)
     return scaling.band_scale(tokens, tokenizer.bands(config.input.channels, config.input.sample_rate))
 
 

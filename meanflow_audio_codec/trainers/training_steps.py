@@ -1,7 +1,7 @@
 """The jitted steps: one update, and what evaluators may ask of the model.
 
-    audio [b, s, c] -> tokenize -> compand, scale -> x [b, l, f] -> condition -> objective(u, x, cond)
-    x -> condition -> sampler(u, noise, cond) -> x_hat -> unscale, expand -> detokenize -> audio
+audio [b, s, c] -> tokenize -> compand, scale -> x [b, l, f] -> condition -> objective(u, x, cond)
+x -> condition -> sampler(u, noise, cond) -> x_hat -> unscale, expand -> detokenize -> audio
 """
 
 import functools
@@ -14,7 +14,6 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models.codec import CodecModel
 from meanflow_audio_codec.models.train_state import TrainState, ema_update
 from meanflow_audio_codec.preprocessing import scaling
@@ -52,7 +51,7 @@ def make_train_step(
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norms = {"grad": gradients, "param": params, "update": updates}
-        metrics |= {f"{name}_norm": optax.global_norm(tree) for name, tree in norms.items()}
+        metrics |= {f"{name}_norm": optax.tree.norm(tree) for name, tree in norms.items()}
         state = state.replace(
             step=state.step + 1,
             params=params,
@@ -65,9 +64,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=() if jax.default_backend() == "cpu" else 0)
 
 
-def make_predict_fns(
-    model: CodecModel, tokenizer: Tokenizer, config: ConfigDict
-) -> dict[str, Callable]:
+def make_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> dict[str, Callable]:
     """Return what evaluators call, all with the averaged parameters.
 
     `loss(state, audio, rng)`: the objective's raw metrics.
@@ -85,8 +82,6 @@ def make_predict_fns(
 
     @functools.partial(jax.jit, static_argnames="nfe")
     def reconstruct(state: TrainState, audio: Float[Array, "b s c"], rng: PRNGKeyArray, nfe: int):
-        if name == "autoencoder" and nfe != 1:
-            raise InputError(f"evals.*.nfe holds {nfe}: an autoencoder decodes by 1 evaluation; set it to (1,)")
         x = to_tokens(audio, state.scale, tokenizer, config)
         cond, _ = _apply(model, state.ema_params, "condition")(x)
         sampler, temperature = SAMPLERS[name]

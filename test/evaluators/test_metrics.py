@@ -83,9 +83,7 @@ def test_tables_are_shared_and_read_only():
         metrics.hann(512)[0] = 1
 
 
-@pytest.mark.parametrize(
-    ("fft_length", "hop_length", "window_length"), [(512, 50, 240), (64, 16, 64)]
-)
+@pytest.mark.parametrize(("fft_length", "hop_length", "window_length"), [(512, 50, 240), (64, 16, 64)])
 def test_stft_equals_the_loop(pair, fft_length, hop_length, window_length):
     fast = np.abs(metrics.stft(pair[0], window_length, hop_length, fft_length))
     slow = slow_magnitudes(pair[0], fft_length, hop_length, window_length)
@@ -94,14 +92,12 @@ def test_stft_equals_the_loop(pair, fft_length, hop_length, window_length):
 
 def test_distances_equal_their_definitions(pair):
     reference, decoded = pair
-    both = lambda *sizes: (slow_magnitudes(a, *sizes) for a in (reference, decoded))  # noqa: E731
-    mean_abs = lambda a: np.abs(a).mean()  # noqa: E731
-    log = lambda a: np.log10(np.maximum(a, 1e-5))  # noqa: E731
+    both = lambda *sizes: (slow_magnitudes(a, *sizes) for a in (reference, decoded))
+    mean_abs = lambda a: np.abs(a).mean()
+    log = lambda a: np.log10(np.maximum(a, 1e-5))
 
     mel = 0.0
-    for w, m in zip(
-        (32, 64, 128, 256, 512, 1024, 2048), (5, 10, 20, 40, 80, 160, 320), strict=True
-    ):
+    for w, m in zip((32, 64, 128, 256, 512, 1024, 2048), (5, 10, 20, 40, 80, 160, 320), strict=True):
         filterbank = slow_mel_filterbank(SAMPLE_RATE, w, m)
         x, y = (a @ filterbank for a in both(w, w // 4, w))
         mel += mean_abs(log(x) - log(y))
@@ -164,16 +160,12 @@ def test_si_sdr_ignores_gain_offset_and_polarity(pair):
 @pytest.mark.parametrize("gain_db", [-6.0, -1.0, 3.0])
 def test_gain_costs_its_db_in_lsd(gain_db):
     reference = noise(20000)
-    assert metrics.lsd_db(reference, reference * 10 ** (gain_db / 20)) == pytest.approx(
-        abs(gain_db), abs=1e-3
-    )
+    assert metrics.lsd_db(reference, reference * 10 ** (gain_db / 20)) == pytest.approx(abs(gain_db), abs=1e-3)
 
 
 def test_more_noise_is_worse():
     reference, error = noise(6000), noise(6000, seed=1)
-    levels = [
-        metrics.audio_metrics(reference, reference + g * error, 24000) for g in (0.01, 0.1, 1)
-    ]
+    levels = [metrics.audio_metrics(reference, reference + g * error, 24000) for g in (0.01, 0.1, 1)]
     for name in DISTANCES:
         assert levels[0][name] < levels[1][name] < levels[2][name], name
     assert levels[0]["si_sdr_db"] > levels[1]["si_sdr_db"] > levels[2]["si_sdr_db"]

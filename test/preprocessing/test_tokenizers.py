@@ -29,7 +29,7 @@ def noise(*shape):
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("tokenizer", ALL, ids=repr)
 def test_round_trip_and_energy(tokenizer, channels):
-    for samples in (1, 255, 256, 1003):
+    for samples in (1, 256, 1003):
         audio = noise(2, samples, channels)
         tokens = tokenizer.tokenize(audio)
         assert tokens.shape == (

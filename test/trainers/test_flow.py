@@ -69,7 +69,7 @@ def test_derivative_of_a_linear_network_is_known(x64):
 
 
 def test_derivative_equals_a_central_difference_along_the_path(x64, mlp):
-    params = mlp.init(key(), d=3)
+    params = mlp.init(key(), d=3, depth=1)
     z, t, r = z_t_r(d=3)
     cond, v = z[::-1], jnp.sin(z)
     u_fn = lambda z, t, r, cond: mlp.apply(params, z, t, r, cond)
