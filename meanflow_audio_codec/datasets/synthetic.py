@@ -266,8 +266,10 @@ class SyntheticMusic:
         return wet
 
     def _add_bed(self, audio, rng: np.random.Generator) -> None:
+        """Steady noise 20 to 50 dB below the band."""
         noise = self._noises[rng.integers(len(self._noises))]
-        level = np.float32(10.0 ** (rng.uniform(-45.0, -18.0) / 20.0))
+        rms = np.sqrt(np.mean(np.square(audio)))
+        level = rms * np.float32(10.0 ** (rng.uniform(-50.0, -20.0) / 20.0))
         for channel in range(self._channels):
             start = int(rng.integers(len(noise)))
             stretch = np.arange(start, start + self._samples)
@@ -399,7 +401,7 @@ def _drum_kit(sample_rate: int) -> dict[str, list[Float[np.ndarray, "s"]]]:
         noise = rng.standard_normal(len(time))
         rattle = noise * np.exp(-time / rng.uniform(0.03, 0.08))
         skin = np.sin(2 * np.pi * rng.uniform(160.0, 240.0) * time) * np.exp(-time / 0.05)
-        kit["snare"].append(onset * (0.5 * rattle + skin))
+        kit["snare"].append(onset * (0.35 * rattle + skin))
         bright = np.diff(np.diff(noise, prepend=0.0), prepend=0.0)  # 12 dB an octave up
-        kit["hat"].append(0.5 * onset * bright * np.exp(-time / rng.uniform(0.008, 0.06)))
+        kit["hat"].append(0.25 * onset * bright * np.exp(-time / rng.uniform(0.008, 0.06)))
     return {name: [sound.astype(np.float32) for sound in sounds] for name, sounds in kit.items()}

@@ -54,11 +54,12 @@ def sample_t(rng: PRNGKeyArray, batch: int, cfg: Any) -> Float[Array, "b"]:
     """
     match cfg.time_sampler:
         case "official":
-            return _logit_normal(rng, batch, cfg.P_mean, cfg.P_std)
+            return _logit_normal(jax.random.normal(rng, (batch,)), cfg.P_mean, cfg.P_std)
         case "mixture":
             rng_t, rng_kind = jax.random.split(rng)
             at_noise = jax.random.uniform(rng_kind, (batch,)) < 0.1
-            return jnp.where(at_noise, 1.0, _logit_normal(rng_t, batch, 0.0, 1.0))
+            t = _logit_normal(jax.random.normal(rng_t, (batch,)), 0.0, 1.0)
+            return jnp.where(at_noise, 1.0, t)
         case name:
             raise _unknown_time_sampler(name)
 
@@ -83,16 +84,15 @@ def sample_t_r(
     Raises:
         InputError: `time_sampler` has no such name.
     """
-    rng_a, rng_b, rng_data, rng_kind = jax.random.split(rng, 4)
     match cfg.time_sampler:
         case "official":
-            a = _logit_normal(rng_a, batch, cfg.P_mean, cfg.P_std)
-            b = _logit_normal(rng_b, batch, cfg.P_mean, cfg.P_std)
+            a, b = _logit_normal(jax.random.normal(rng, (2, batch)), cfg.P_mean, cfg.P_std)
             return jnp.maximum(a, b), jnp.minimum(a, b)
         case "mixture":
-            a = _logit_normal(rng_a, batch, 0.4, 1.2)
-            b = _logit_normal(rng_b, batch, -0.8, 1.2)
-            t_to_data = _logit_normal(rng_data, batch, 1.0, 1.0)
+            rng_t, rng_kind = jax.random.split(rng)
+            normals = jax.random.normal(rng_t, (3, batch))
+            a, b = _logit_normal(normals[0], 0.4, 1.2), _logit_normal(normals[1], -0.8, 1.2)
+            t_to_data = _logit_normal(normals[2], 1.0, 1.0)
             kind = jax.random.uniform(rng_kind, (batch,))
             inner, to_data = kind < 0.60, kind < 0.85
             t = jnp.where(inner, jnp.maximum(a, b), jnp.where(to_data, t_to_data, 1.0))
@@ -181,8 +181,8 @@ def _walk(u_fn: UFn, z: Array, cond: Any, nfe: int) -> Array:
     return jax.lax.fori_loop(0, nfe, step, z)
 
 
-def _logit_normal(rng: PRNGKeyArray, batch: int, mean: float, std: float) -> Float[Array, "b"]:
-    return jax.nn.sigmoid(mean + std * jax.random.normal(rng, (batch,)))
+def _logit_normal(normal: Array, mean: float, std: float) -> Array:
+    return jax.nn.sigmoid(mean + std * normal)
 
 
 def _unknown_time_sampler(name: Any) -> InputError:
