@@ -1,4 +1,4 @@
-"""Train a codec: python train.py --config configs/meanflow_mdct.py --workdir DIR (see meanflow_audio_codec/tools/train.py)."""
+"""Train a codec: python train.py --config configs/meanflow_mdct.py --workdir DIR."""
 
 from meanflow_audio_codec.tools.train import main
 

@@ -4,8 +4,8 @@
     python train.py --config configs/meanflow_mdct.py:data_dir=~/music,variant=S --workdir ... any folder of audio
     python train.py --config configs/meanflow_mdct.py:runlocal --workdir ...                   all of it in two minutes
 
-The rungs of the ladder are `objective=autoencoder | flow_matching | mean_flow | improved_mean_flow`; the other arguments
-are those of parse_arg below. Every leaf can be set from the command line: `--config.optimizer.lr=1e-4`.
+The rungs of the ladder are `objective=autoencoder | flow_matching | mean_flow | improved_mean_flow`; the other
+arguments are those of parse_arg below. Every leaf can be set from the command line: `--config.optimizer.lr=1e-4`.
 """
 
 from ml_collections import ConfigDict
@@ -89,11 +89,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.grad_clip_norm = 1.0
     config.ema = ConfigDict({"decay": 0.999})
 
-    nfe = (1,) if arg.objective == "autoencoder" else (1, 2, 4)
-    clips = dict(num_clips=4 if arg.runlocal else 16, seconds=1.0 if arg.runlocal else 3.0)
-    every = 30 if arg.runlocal else 1000
+    # Evaluations come at step `first_steps`, for a sample to hear soon, then every `every_steps`, and at the end.
+    nfe = (1,) if arg.objective == "autoencoder" else (1, 2, 4, 16)
+    short = arg.runlocal
+    when = dict(first_steps=20 if short else 100, every_steps=30 if short else 1000)
+    seconds = 1.0 if short else 3.0
     config.evals = ConfigDict()
-    config.evals.validation = dict(type="validation", every_steps=every, batches=2 if arg.runlocal else 8, seconds=1.36)
-    config.evals.reconstruction = dict(type="reconstruction", every_steps=every, nfe=nfe, autoencoder="", **clips)
-    config.evals.samples = dict(type="sampling", every_steps=every, nfe=nfe, num_clips=4, seconds=clips["seconds"])
+    config.evals.validation = dict(type="validation", batches=2 if short else 8, seconds=seconds / 2, **when)
+    config.evals.reconstruction = dict(
+        type="reconstruction", num_clips=4 if short else 24, seconds=seconds, nfe=nfe, autoencoder="", **when
+    )
+    config.evals.samples = dict(type="sampling", num_clips=4, seconds=seconds, nfe=nfe, **when)
     return config.lock()

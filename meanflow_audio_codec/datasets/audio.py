@@ -80,7 +80,7 @@ def scan_folder(
         data_dir: Folder, searched with its subfolders (links followed) for `FORMATS`.
             Names that begin with a dot are left out.
         manifest: JSON-lines file that remembers the scan: a file whose path, size and modification
-            time agree is not opened again. Written by this call; None keeps nothing.
+            time agree is not opened again. It need not exist; `write_manifest` makes it.
         bad_files: "error", or "skip" to leave out, with a warning, the files that do not decode.
 
     Returns:
@@ -94,8 +94,7 @@ def scan_folder(
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise InputError(
-            f"input.data_dir={str(data_dir)!r} is not a folder: name one that holds "
-            f"{', '.join(FORMATS)} files"
+            f"input.data_dir={str(data_dir)!r} is not a folder: name one that holds {', '.join(FORMATS)} files"
         )
     found = _find(root)
     known = {} if manifest is None else _read_manifest(Path(manifest), root)
@@ -104,12 +103,20 @@ def scan_folder(
     files = [result for result in probed if isinstance(result, AudioFile)]
     _report_bad([result for result in probed if isinstance(result, str)], root, bad_files)
     if not files:
-        raise InputError(
-            f"input.data_dir={str(data_dir)!r} holds no audio: put {', '.join(FORMATS)} files in it"
-        )
-    if manifest is not None:
-        _write_manifest(Path(manifest), files)
+        raise InputError(f"input.data_dir={str(data_dir)!r} holds no audio: put {', '.join(FORMATS)} files in it")
     return files
+
+
+def write_manifest(manifest: str | os.PathLike, files: list[AudioFile]) -> None:
+    """Remember a scan in `manifest`, a JSON-lines file, atomically."""
+    manifest = Path(manifest)
+    entries = [dataclasses.asdict(file) for file in files]
+    for entry in entries:
+        del entry["path"]  # the folder may move; names stay
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    partial = manifest.with_name(f"{manifest.name}.{os.getpid()}.tmp")
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    os.replace(partial, manifest)
 
 
 def read_crop(file: AudioFile, start: int, frames: int) -> Float[np.ndarray, "s c"]:
@@ -127,9 +134,7 @@ def read_crop(file: AudioFile, start: int, frames: int) -> Float[np.ndarray, "s 
     except soundfile.SoundFileError as error:
         raise InputError(f"{where} do not decode ({error}): replace or remove the file") from error
     if len(audio) < frames:
-        raise InputError(
-            f"{where}: only {len(audio)} came, so it changed or is damaged: scan again or remove it"
-        )
+        raise InputError(f"{where}: only {len(audio)} came, so it changed or is damaged: scan again or remove it")
     if not np.isfinite(audio).all():
         raise InputError(f"{where} hold values that are not finite: replace or remove the file")
     return audio
@@ -176,14 +181,11 @@ def check_channels(file: AudioFile, channels: int) -> None:
         raise InputError(f"input.channels={channels}: choose 1 (mean of the channels) or 2")
     if channels < file.channels and channels != 1:
         raise InputError(
-            f"{file.path} has {file.channels} channels: set input.channels=1 (their mean) or "
-            "remove the file"
+            f"{file.path} has {file.channels} channels: set input.channels=1 (their mean) or remove the file"
         )
 
 
-def split_files(
-    files: list[AudioFile], valid_fraction: float
-) -> tuple[list[AudioFile], list[AudioFile]]:
+def split_files(files: list[AudioFile], valid_fraction: float) -> tuple[list[AudioFile], list[AudioFile]]:
     """Split into training and validation files by the SHA-256 of their names.
 
     Names decide, neither order nor place nor a seed, so every process and every rerun agrees. Two
@@ -259,23 +261,9 @@ def _read_manifest(manifest: Path, root: Path) -> dict[str, AudioFile]:
         return {}
     try:
         entries = [json.loads(line) for line in manifest.read_text().splitlines()]
-        return {
-            entry["name"]: AudioFile(path=str(root / entry["name"]), **entry) for entry in entries
-        }
+        return {entry["name"]: AudioFile(path=str(root / entry["name"]), **entry) for entry in entries}
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{manifest} is no manifest of audio files ({error}): delete it"
-        ) from error
-
-
-def _write_manifest(manifest: Path, files: list[AudioFile]) -> None:
-    entries = [dataclasses.asdict(file) for file in files]
-    for entry in entries:
-        del entry["path"]  # the folder may move; names stay
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    partial = manifest.with_name(f"{manifest.name}.{os.getpid()}.tmp")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    os.replace(partial, manifest)
+        raise InputError(f"{manifest} is no manifest of audio files ({error}): delete it") from error
 
 
 class _Handles(threading.local):

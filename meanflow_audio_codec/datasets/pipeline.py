@@ -78,9 +78,7 @@ def build_audio_pipeline(
         usable = _usable_files(files, sample_rate, segment_samples, channels, short_files)
 
         def crop(index, rng):
-            return _random_crop(
-                usable[index], rng, sample_rate, segment_samples, channels, silence_db
-            )[0]
+            return _random_crop(usable[index], rng, sample_rate, segment_samples, channels, silence_db)[0]
 
         segments = _Segments([file.duration * sample_rate / segment_samples for file in usable])
         stream = grain.MapDataset.source(segments).seed(seed).shuffle().repeat().random_map(crop)
@@ -130,9 +128,7 @@ def eval_clips(
     for i in range(num_clips):
         file = usable[order[i % len(usable)]]
         rng = np.random.default_rng([seed, i])
-        audio, start = _random_crop(
-            file, rng, sample_rate, segment_samples, channels, _EVAL_SILENCE_DB
-        )
+        audio, start = _random_crop(file, rng, sample_rate, segment_samples, channels, _EVAL_SILENCE_DB)
         clips.append(_limit_peak(audio))
         names.append(f"{file.name}@{start / file.sample_rate:.2f}s")
     return np.stack(clips), names
@@ -193,9 +189,7 @@ def _usable_files(
         raise InputError(f"input.short_files={short_files!r}: choose 'error', 'pad' or 'skip'")
     for file in files:
         check_channels(file, channels)
-    short = [
-        file for file in files if file.frames < source_frames(file, sample_rate, segment_samples)
-    ]
+    short = [file for file in files if file.frames < source_frames(file, sample_rate, segment_samples)]
     needed = segment_samples / sample_rate
     if short and short_files == "error":
         raise InputError(

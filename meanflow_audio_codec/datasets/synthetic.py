@@ -143,9 +143,7 @@ class SyntheticMusic:
                 degree = _next_degree(degree, song.chord(step), step, dice[3])
                 length = song.step_frames * (1 + 2 * dice[4])
                 frequency = song.frequency(degree, 1)
-                self._note(
-                    melody, song.voices["melody"], start, length, frequency, 0.3 + 0.3 * dice[5]
-                )
+                self._note(melody, song.voices["melody"], start, length, frequency, 0.3 + 0.3 * dice[5])
             if "drums" in song.parts:
                 self._play_drums(drums, song, step, start, dice)
         return parts
@@ -260,9 +258,7 @@ class SyntheticMusic:
         for channel in range(self._channels):
             for gain in (0.4, -0.28, 0.2):
                 delay = int(rng.uniform(0.007, 0.09) * self._rate)
-                wet[delay:, channel] += (
-                    np.float32(gain) * audio[: max(0, self._samples - delay), channel]
-                )
+                wet[delay:, channel] += np.float32(gain) * audio[: max(0, self._samples - delay), channel]
         return wet
 
     def _add_bed(self, audio, rng: np.random.Generator) -> None:
@@ -395,9 +391,7 @@ def _drum_kit(sample_rate: int) -> dict[str, list[Float[np.ndarray, "s"]]]:
         low, fall = rng.uniform(42.0, 60.0), rng.uniform(0.02, 0.05)
         # The integral of low + 4 low exp(-t / fall).
         cycles = low * time + 4 * low * fall * (1 - np.exp(-time / fall))
-        kit["kick"].append(
-            onset * np.sin(2 * np.pi * cycles) * np.exp(-time / rng.uniform(0.06, 0.12))
-        )
+        kit["kick"].append(onset * np.sin(2 * np.pi * cycles) * np.exp(-time / rng.uniform(0.06, 0.12)))
         noise = rng.standard_normal(len(time))
         rattle = noise * np.exp(-time / rng.uniform(0.03, 0.08))
         skin = np.sin(2 * np.pi * rng.uniform(160.0, 240.0) * time) * np.exp(-time / 0.05)

@@ -26,11 +26,13 @@ class Context(NamedTuple):
     workdir: Any
 
 
-def from_config(evals: ConfigDict, context: Context) -> Iterator[tuple[str, ConfigDict, Any]]:
-    """Yield (name, spec, evaluator) for each of `config.evals`: its `type` names the module, the rest its arguments."""
+def from_config(evals: ConfigDict, context: Context) -> Iterator[tuple[ConfigDict, Any]]:
+    """Yield (spec, evaluator) for each of `config.evals`: its `type` names the module, the rest but for the schedule
+    (`first_*`, `every_*`) are the evaluator's arguments.
+    """
     for name, spec in evals.items():
         if spec.type not in TYPES:
             raise InputError(f"evals.{name}.type is {spec.type!r}; choose one of {', '.join(TYPES)}")
         module = importlib.import_module(f"meanflow_audio_codec.evaluators.{spec.type}")
-        arguments = {k: v for k, v in spec.items() if k != "type" and not k.startswith("every_")}
-        yield name, spec, module.Evaluator(context, **arguments)
+        schedule = ("type", "first_", "every_")
+        yield spec, module.Evaluator(context, **{k: v for k, v in spec.items() if not k.startswith(schedule)})

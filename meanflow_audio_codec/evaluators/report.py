@@ -38,12 +38,13 @@ Curves = dict[str, dict[str, dict[str, Points]]]  # group, metric, nfe or "", po
 
 
 def draw_spectrograms(
-    path: str | os.PathLike, clips: list[tuple[str, Float[np.ndarray, " s"]]], sample_rate: int
+    path: str | os.PathLike, title: str, clips: list[tuple[str, Float[np.ndarray, " s"]]], sample_rate: int
 ) -> None:
     """Draw titled spectrograms side by side on one colour scale, -100 to 0 dB of a full-scale sine.
 
     Args:
         path: The PNG to write. Its background is transparent, for light and dark pages.
+        title: Of the picture.
         clips: Title and audio of each panel, the reference first.
         sample_rate: Hz.
     """
@@ -52,7 +53,8 @@ def draw_spectrograms(
     grey = "#808790"  # legible on white and on black
     figure = Figure(figsize=(3.1 * len(clips) + 0.9, 2.9), layout="constrained")
     panels = figure.subplots(1, len(clips), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, (title, audio) in zip(panels, clips, strict=True):
+    figure.suptitle(title, color=grey, fontsize=9, parse_math=False)
+    for panel, (label, audio) in zip(panels, clips, strict=True):
         image = panel.imshow(
             spectrogram_dbfs(audio, window_length=1024, hop_length=256).T,
             origin="lower",
@@ -62,7 +64,7 @@ def draw_spectrograms(
             vmin=FLOOR_DBFS,
             vmax=0,
         )
-        panel.set_title(title, color=grey, fontsize=9, parse_math=False)
+        panel.set_title(label, color=grey, fontsize=9, parse_math=False)
         panel.set_xlabel("s", color=grey, fontsize=8)
         panel.tick_params(colors=grey, labelsize=8)
         panel.spines[:].set_visible(False)

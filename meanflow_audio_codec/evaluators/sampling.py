@@ -32,6 +32,6 @@ class Evaluator:
                 with (folder / f"{i:02d}_{label}.wav").open("wb") as file:
                     pcm = np.clip(audio[i], -1, 1)
                     soundfile.write(file, pcm, self._context.sample_rate, format="WAV", subtype="PCM_16")
-            clips = [(f"{name} {label}", audio[i].mean(axis=-1)) for label, audio in versions.items()]
-            draw_spectrograms(folder / f"{i:02d}.png", clips, self._context.sample_rate)
+            clips = [(label, audio[i].mean(axis=-1)) for label, audio in versions.items()]
+            draw_spectrograms(folder / f"{i:02d}.png", name, clips, self._context.sample_rate)
         yield from ()

@@ -11,7 +11,7 @@ from meanflow_audio_codec.models import layers
 
 
 class ConvFlow(nn.Module):
-    """Map noised tokens, times and conditioning to tokens; the receptive field is `depth * (kernel_size - 1) + 1` frames."""
+    """Map noised tokens, times and conditioning to tokens; each output sees `depth * (kernel_size - 1) + 1` frames."""
 
     width: int
     depth: int

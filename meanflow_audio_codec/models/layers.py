@@ -40,7 +40,7 @@ class FilmEmbedding(nn.Module):
 
 
 def modulation(film: Float[Array, "b l w"], width: int, parts: int) -> list[Float[Array, "b l d"]]:
-    """Project the film embedding to `parts` vectors of `width`, zero at initialisation (call inside a compact method)."""
+    """Project the film embedding to `parts` vectors of `width`, zero at initialisation (for compact methods)."""
     projected = nn.Dense(parts * width, kernel_init=nn.initializers.zeros)(film)
     return jnp.split(projected, parts, axis=-1)
 
@@ -48,7 +48,7 @@ def modulation(film: Float[Array, "b l w"], width: int, parts: int) -> list[Floa
 class DepthwiseConv(nn.Module):
     """Convolve every channel with its own `kernel_size` taps along the frames, zeros beyond the ends.
 
-    Written as a sum of shifted products: on a CPU 1.6 times (and under a JVP 2 times) as fast as a grouped convolution.
+    Written as a sum of shifted products: on a CPU 1.6 times, under a JVP 2 times as fast as a grouped convolution.
     """
 
     kernel_size: int
@@ -66,8 +66,8 @@ class DepthwiseConv(nn.Module):
 class Block(nn.Module):
     """ConvNeXt block: depthwise convolution over frames, norm, MLP of four times the width, gated residual.
 
-    With `film` the norm's scale and shift and the residual's gate follow the conditioning (adaLN-zero), else the gate is
-    a learned constant. `kernel_size=1` leaves the convolution out: a residual MLP that sees one frame only.
+    With `film` the norm's scale and shift and the residual's gate follow the conditioning (adaLN-zero), else the gate
+    is a learned constant. `kernel_size=1` leaves the convolution out: a residual MLP that sees one frame only.
     """
 
     kernel_size: int = 7

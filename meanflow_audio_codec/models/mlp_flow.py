@@ -4,6 +4,6 @@ from meanflow_audio_codec.models.conv_flow import ConvFlow
 
 
 class MlpFlow(ConvFlow):
-    """`ConvFlow` without its convolutions: the receptive field is one frame, the parameter count the same but for the taps."""
+    """`ConvFlow` without its convolutions: each output sees one frame; the same parameters but for the taps."""
 
     kernel_size: int = 1

@@ -1,8 +1,8 @@
 """Quantizers: `latents [b, m, k] -> (quantized [b, m, k], codes [b, m, k] int32, metrics)`, gradients straight through.
 
-FSQ: Mentzer et al., Finite Scalar Quantization (arXiv 2309.15505). Each of k dimensions is squashed to (-1, 1) and rounded
-to one of `levels` equidistant values, ends included, so that k dimensions at m latents a second cost
-`k * log2(levels) * m` bits a second and no code can go unused for lack of training.
+FSQ: Mentzer et al., Finite Scalar Quantization (arXiv 2309.15505). Each of k dimensions is squashed to (-1, 1) and
+rounded to one of `levels` equidistant values, ends included: m latents a second cost `m * k * log2(levels)` bits a
+second, and there is no codebook whose entries could go unused.
 """
 
 import jax

@@ -27,6 +27,6 @@ class TrainState(struct.PyTreeNode):
 
 
 def ema_update(ema_params: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
-    """Average with warm-up: decay min(decay, (1 + n) / (10 + n)) after n steps, so that short runs forget their start."""
+    """Average with warm-up: after n steps min(decay, (1 + n) / (10 + n)), so that short runs forget their start."""
     rate = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda average, new: average * rate + new * (1 - rate), ema_params, params)

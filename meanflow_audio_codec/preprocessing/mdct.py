@@ -82,14 +82,10 @@ def imdct(
     _check_hop_length(hop_length)
     frames, bins = coeffs.shape[-2:]
     if bins != hop_length:
-        raise InputError(
-            f"coeffs has {bins} bins for hop_length {hop_length}: pass the hop_length given to mdct"
-        )
+        raise InputError(f"coeffs has {bins} bins for hop_length {hop_length}: pass the hop_length given to mdct")
     held = (frames - 1) * hop_length
     if not 0 <= length <= held:
-        raise InputError(
-            f"length {length} is outside [0, {held}], as {frames} frames of {hop_length} hold"
-        )
+        raise InputError(f"length {length} is outside [0, {held}], as {frames} frames of {hop_length} hold")
     coeffs = coeffs.astype(jnp.promote_types(coeffs.dtype, jnp.float32))
     blocks = _unfold(_dct_iv(coeffs), window)
     return blocks.reshape(*blocks.shape[:-2], held)[..., :length]
@@ -201,6 +197,4 @@ def _read_only(table: np.ndarray) -> np.ndarray:
 
 def _check_hop_length(hop_length: int) -> None:
     if hop_length < 2 or hop_length % 2:
-        raise InputError(
-            f"hop_length {hop_length} must be even and positive: the MDCT folds half blocks"
-        )
+        raise InputError(f"hop_length {hop_length} must be even and positive: the MDCT folds half blocks")

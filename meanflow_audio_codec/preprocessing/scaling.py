@@ -104,9 +104,7 @@ def normalize(
     return compand(tokens, exponent, eps) / _as_rank(scale, tokens.ndim)
 
 
-def denormalize(
-    x: Float[Array, "*b f"], scale: Float[Array, "f"], exponent: float, eps: float
-) -> Float[Array, "*b f"]:
+def denormalize(x: Float[Array, "*b f"], scale: Float[Array, "f"], exponent: float, eps: float) -> Float[Array, "*b f"]:
     """Invert `normalize`.
 
     Args:
@@ -134,8 +132,6 @@ def _as_rank(scale: Float[Array, "f"], ndim: int) -> Array:
 
 def _check(exponent: float, eps: float) -> None:
     if not 0 < exponent <= 1:
-        raise InputError(
-            f"exponent {exponent} is outside (0, 1]: use 0.5, or 1.0 for no companding"
-        )
+        raise InputError(f"exponent {exponent} is outside (0, 1]: use 0.5, or 1.0 for no companding")
     if not eps > 0:
         raise InputError(f"eps {eps} must be positive, for a finite slope at zero: use 1e-4")

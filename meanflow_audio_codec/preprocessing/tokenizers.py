@@ -81,9 +81,7 @@ class MdctTokenizer:
         coeffs = jnp.pad(coeffs, ((0, 0), (0, 0), (0, missing), (0, 0)))
         return jnp.moveaxis(coeffs, 1, 3).reshape(batch, tokens, self.num_features(channels))
 
-    def detokenize(
-        self, tokens: Float[Array, "b l f"], length: int, channels: int
-    ) -> Float[Array, "b s c"]:
+    def detokenize(self, tokens: Float[Array, "b l f"], length: int, channels: int) -> Float[Array, "b s c"]:
         """Invert `tokenize`.
 
         Args:
@@ -166,9 +164,7 @@ class ReshapeTokenizer:
         audio = jnp.pad(audio, ((0, 0), (0, tokens * self.hop_length - samples), (0, 0)))
         return audio.reshape(batch, tokens, self.num_features(channels))
 
-    def detokenize(
-        self, tokens: Float[Array, "b l f"], length: int, channels: int
-    ) -> Float[Array, "b s c"]:
+    def detokenize(self, tokens: Float[Array, "b l f"], length: int, channels: int) -> Float[Array, "b s c"]:
         """Invert `tokenize`.
 
         Args:
@@ -185,9 +181,7 @@ class ReshapeTokenizer:
         _check_num_features(tokens, self.num_features(channels), channels)
         held = tokens.shape[1] * self.hop_length
         if not 0 <= length <= held:
-            raise InputError(
-                f"length {length} is outside [0, {held}], what {tokens.shape[1]} tokens hold"
-            )
+            raise InputError(f"length {length} is outside [0, {held}], what {tokens.shape[1]} tokens hold")
         return tokens.reshape(tokens.shape[0], held, channels)[:, :length]
 
     def bands(self, channels: int, sample_rate: int) -> Int[np.ndarray, "f"]:
@@ -228,6 +222,4 @@ def _check_num_tokens(num_tokens: int) -> None:
 
 def _check_num_features(tokens: Array, expected: int, channels: int) -> None:
     if tokens.shape[-1] != expected:
-        raise InputError(
-            f"tokens have {tokens.shape[-1]} features, channels={channels} needs {expected}"
-        )
+        raise InputError(f"tokens have {tokens.shape[-1]} features, channels={channels} needs {expected}")

@@ -1,7 +1,7 @@
 """One Orbax save of two items a step: `state` (the train state) and `data` (the position in the data stream).
 
-Saves run in the background and are atomic: a step's folder appears under its name only when it is complete, so the newest
-folder can always be restored, whenever the process was killed.
+Saves run in the background and are atomic: a step's folder appears under its name only when it is complete, so the
+newest folder can always be restored, whenever the process was killed.
 """
 
 from typing import Any
@@ -66,7 +66,9 @@ def restore_state(workdir: str, field: str, template: Any) -> Any:
     leaves = []
     for name, leaf in _named_leaves(template):
         if name not in by_name or by_name[name].shape != leaf.shape:
-            raise InputError(f"{field}: {workdir} holds another model ({name} differs); give one of this config's shape")
+            raise InputError(
+                f"{field}: {workdir} holds another model ({name} differs); give one of this config's shape"
+            )
         leaves.append(by_name[name])
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 

@@ -29,9 +29,7 @@ def per_row(t: Float[Array, "b"], like: Float[Array, "b ..."]) -> Float[Array, "
     return t.reshape(t.shape + (1,) * (like.ndim - 1))
 
 
-def interpolate(
-    x: Float[Array, "b *d"], e: Float[Array, "b *d"], t: Float[Array, "b"]
-) -> Float[Array, "b *d"]:
+def interpolate(x: Float[Array, "b *d"], e: Float[Array, "b *d"], t: Float[Array, "b"]) -> Float[Array, "b *d"]:
     """Return z_t of equation (1): `x` at t = 0, `e` at t = 1."""
     t = per_row(t, x)
     return (1 - t) * x + t * e
@@ -64,9 +62,7 @@ def sample_t(rng: PRNGKeyArray, batch: int, cfg: Any) -> Float[Array, "b"]:
             raise _unknown_time_sampler(name)
 
 
-def sample_t_r(
-    rng: PRNGKeyArray, batch: int, cfg: Any
-) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+def sample_t_r(rng: PRNGKeyArray, batch: int, cfg: Any) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
     """Draw (t, r) for rows with r < t.
 
     Args:
@@ -123,9 +119,7 @@ def average_velocity_jvp(
     )
 
 
-def flow_map_sample(
-    u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int
-) -> Float[Array, "b *d"]:
+def flow_map_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int) -> Float[Array, "b *d"]:
     """Walk from noise to data in `nfe` jumps of equation (3), on the uniform grid from 1 to 0.
 
     With the exact average velocity every `nfe` lands on the same point; one step is

@@ -1,10 +1,11 @@
 """Where a run's numbers go: metrics.jsonl, timings.jsonl, tensorboard/, and the terminal or the log.
 
-`metrics.jsonl` holds one JSON object a line, `step` and `group/name_unit` scalars, and nothing that depends on the clock:
-it is a function of the config alone, so an interrupted run ends with the very same bytes as an uninterrupted one.
+`metrics.jsonl` holds one JSON object a line, `step` and `group/name_unit` scalars, and nothing that depends on the
+clock: it is a function of the config alone, so an interrupted run ends with the same bytes as an uninterrupted one.
 Times are in `timings.jsonl`.
 """
 
+import datetime
 import json
 import logging
 import math
@@ -17,6 +18,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+
+SHOWN = ("loss", "x_mse", "v_mse", "u_mse")  # while training; all else is in the files
 
 
 class MetricWriter:
@@ -72,29 +75,33 @@ class Progress:
 
     def __init__(self, first_step: int, total_steps: int, batch_size: int):
         self._batch_size, self._total = batch_size, total_steps
-        self._step, self._time = first_step, time.monotonic()
+        self._step, self._time = first_step, None
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self) -> None:
-        """Count one step."""
+        """Count one step. The clock starts after the first, which compiles."""
+        if self._time is None:
+            self._step, self._time = self._step + 1, time.monotonic()
         if self._bar is not None:
             self._bar.update()
 
     def report(self, step: int, metrics: dict[str, float]) -> tuple[float, float]:
-        """Show the loss and the speed since the last report; return steps/s and examples/s."""
+        """Show the errors and the speed since the last report; return steps/s and examples/s."""
         now = time.monotonic()
         steps_per_s = (step - self._step) / max(now - self._time, 1e-9)
         self._step, self._time = step, now
-        loss, examples_per_s = metrics["train/loss"], steps_per_s * self._batch_size
+        examples_per_s = steps_per_s * self._batch_size
+        shown = {name: metrics[f"train/{name}"] for name in SHOWN if f"train/{name}" in metrics}
+        errors = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4g}, {examples_per_s:.0f} examples/s")
+            self._bar.set_postfix_str(f"{errors}, {examples_per_s:.0f} examples/s")
         else:
-            left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / steps_per_s))
+            seconds_left = round((self._total - step) / steps_per_s) if steps_per_s else 0
             log.info(
-                "step %d/%d  loss %.4g  %.2f steps/s  %.0f examples/s  %s left",
-                *(step, self._total, loss, steps_per_s, examples_per_s, left),
+                "step %d/%d  %s  %.2f steps/s  %.0f examples/s  %s left",
+                *(step, self._total, errors, steps_per_s, examples_per_s, datetime.timedelta(seconds=seconds_left)),
             )
         return steps_per_s, examples_per_s
 

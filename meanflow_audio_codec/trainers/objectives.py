@@ -57,9 +57,7 @@ Tangent = Callable[[flow.UFn, Array, Array, Any, Array], Array]
 T_QUARTERS = ("t0_25", "t25_50", "t50_75", "t75_100")
 
 
-def autoencoder(
-    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any
-) -> Loss:
+def autoencoder(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
     """Regress the data by one step from z = 0, equation (1). Deterministic: `rng` is not used."""
     x = _at_least_float32(x)
     x_hat = flow.flow_map_sample(u_fn, jnp.zeros_like(x), cond, nfe=1)
@@ -68,9 +66,7 @@ def autoencoder(
     return loss, jax.lax.stop_gradient({"loss": loss, "x_mse": _mean(residual**2)})
 
 
-def flow_matching(
-    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any
-) -> Loss:
+def flow_matching(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
     """Regress the velocity at r = t, equation (2)."""
     x, e, rng_t, _ = _draw(rng, x)
     t = flow.sample_t(rng_t, len(x), cfg)
@@ -79,16 +75,12 @@ def flow_matching(
     return loss, jax.lax.stop_gradient({"loss": loss, **_v_metrics(residual, t)})
 
 
-def mean_flow(
-    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any
-) -> Loss:
+def mean_flow(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
     """Regress the average velocity, equation (3), with the derivative along v = e - x."""
     return _mean_flow_loss(u_fn, x, cond, rng, cfg, _conditional_velocity)
 
 
-def improved_mean_flow(
-    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any
-) -> Loss:
+def improved_mean_flow(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
     """Regress the average velocity, equation (4), with the derivative along u(z, t, t)."""
     return _mean_flow_loss(u_fn, x, cond, rng, cfg, _boundary_velocity)
 
@@ -96,9 +88,7 @@ def improved_mean_flow(
 OBJECTIVES = {f.__name__: f for f in (autoencoder, flow_matching, mean_flow, improved_mean_flow)}
 
 
-def _mean_flow_loss(
-    u_fn: flow.UFn, x: Array, cond: Any, rng: PRNGKeyArray, cfg: Any, tangent: Tangent
-) -> Loss:
+def _mean_flow_loss(u_fn: flow.UFn, x: Array, cond: Any, rng: PRNGKeyArray, cfg: Any, tangent: Tangent) -> Loss:
     x, e, rng_t, rng_t_r = _draw(rng, x)
     n_fm = _num_fm_rows(cfg.fm_fraction, len(x))
     first, rest = slice(None, n_fm), slice(n_fm, None)
@@ -106,9 +96,7 @@ def _mean_flow_loss(
     t = flow.sample_t(rng_t, n_fm, cfg)
     v_residual = _v_residual(u_fn, x[first], e[first], t, _rows(cond, first))
     t_mf, r_mf = flow.sample_t_r(rng_t_r, len(x) - n_fm, cfg)
-    u_residual, hdudt_over_u = _u_residual(
-        u_fn, x[rest], e[rest], t_mf, r_mf, _rows(cond, rest), tangent
-    )
+    u_residual, hdudt_over_u = _u_residual(u_fn, x[rest], e[rest], t_mf, r_mf, _rows(cond, rest), tangent)
 
     loss = jnp.mean(jnp.concatenate([_weighted(v_residual, cfg), _weighted(u_residual, cfg)]))
     metrics = {

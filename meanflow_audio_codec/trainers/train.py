@@ -1,7 +1,7 @@
 """The training loop, top to bottom.
 
-Order of a step, which exact resume rests on: draw the batch, update, log, evaluate, save state and data position together,
-and only then draw the next batch. Everything at or before a saved step is therefore on disk when the save begins.
+Order of a step, which exact resume rests on: draw the batch, update, log, evaluate, save state and data position
+together, and only then draw the next batch. All that belongs to a saved step is on disk when its save begins.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     ################################################ Input
     tokenizer = _build("tokens", TOKENIZERS, config.tokens)
-    train_files, valid_files = _find_files(config)
-    loader, steps_per_epoch = _training_data(config, tokenizer, train_files, config.seed)
+    files = _find_files(config, workdir)
+    loader, steps_per_epoch = _training_data(config, tokenizer, files["train"], config.seed)
     total_steps = configuration.duration_steps(config, "total", batch_size, steps_per_epoch, None)
     every = lambda spec, name: configuration.duration_steps(spec, name, batch_size, steps_per_epoch, total_steps)
 
@@ -82,22 +82,22 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     ################################################ Evaluators
     def clips(num_clips: int, seconds: float) -> tuple[np.ndarray, list[str]]:
-        return _evaluation_clips(config, tokenizer, valid_files, num_clips, seconds)
+        return _evaluation_clips(config, tokenizer, files["valid"], num_clips, seconds)
 
     context = evaluators.Context(predict_fns, clips, config.input.sample_rate, batch_size, workdir)
     evals = [
-        (name, every(spec, "every"), evaluator)
-        for name, spec, evaluator in evaluators.from_config(config.evals, context)
+        (every(spec, "first"), every(spec, "every"), evaluator)
+        for spec, evaluator in evaluators.from_config(config.evals, context)
     ]
     log_steps, checkpoint_steps = every(config, "log"), every(config, "checkpoint")
 
-    ################################################ Workdir and restore: own checkpoint, another run's, parameters, scratch
+    ################################################ Restore: own checkpoint, another run's, its parameters, or scratch
     data = iter(loader)
     first_step = newest_step(workdir)
     if first_step is None and config.resume:
         state = restore_state(config.resume, "resume", state)
     elif first_step is None:
-        state = state.replace(scale=_measure_scale(config, tokenizer, train_files))
+        state = state.replace(scale=_measure_scale(config, tokenizer, files["train"]))
         if config.init_from:
             params = restore_state(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
             state = state.replace(params=params, ema_params=params)
@@ -105,6 +105,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(configuration.to_json(config))
+    for part, found in files.items():
+        if found is not None:
+            audio_files.write_manifest(workdir / f"{part}_files.jsonl", found)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_logging_to(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
@@ -112,7 +115,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             state = checkpoints.restore(first_step, state, data)
         first_step = int(state.step)
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, first_step)))
-        _announce(config, tokenizer, state, train_files, first_step, total_steps)
+        _announce(config, tokenizer, state, files["train"], first_step, total_steps)
 
         ############################################ Loop
         progress = stack.enter_context(contextlib.closing(Progress(first_step, total_steps, batch_size)))
@@ -121,22 +124,23 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             state, metrics = train_step(state, batch)
             progress.advance()
 
-            if step % log_steps == 0 or step == total_steps:
-                metrics = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
-                writer.write(step, metrics | {"train/lr": float(schedule(step - 1))})
-                writer.write_timing(step, *progress.report(step, metrics))
+            last = step == total_steps
+            if step % log_steps == 0 or last:
+                scalars = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+                writer.write(step, scalars | {"train/lr": float(schedule(step - 1))})
+                writer.write_timing(step, *progress.report(step, scalars))
 
-            due = [(name, evaluator) for name, steps, evaluator in evals if step % steps == 0 or step == total_steps]
+            due = [evaluator for first, steps, evaluator in evals if step == first or step % steps == 0 or last]
             if due:
-                scores = {key: value for _, evaluator in due for key, value in evaluator.run(state)}
+                scores = {name: value for evaluator in due for name, value in evaluator.run(state)}
                 if scores:
                     writer.write(step, scores)
                     log.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
                 write_report(workdir)
                 progress.skip()
 
-            if step % checkpoint_steps == 0 or step == total_steps:
-                _check_finite(step, metrics)
+            if step % checkpoint_steps == 0 or last:
+                _check_finite(step, metrics["loss"])
                 checkpoints.save(step, state, data)
                 progress.skip()
         checkpoints.wait()
@@ -169,15 +173,19 @@ def _check_objective(config: ConfigDict) -> None:
             raise InputError(f"evals.{key}.nfe={spec.nfe}: an autoencoder decodes by one evaluation; set it to (1,)")
 
 
-def _find_files(config: ConfigDict) -> tuple[list | None, list | None]:
-    """Return training and validation files; None stands for synthetic music."""
-    if not config.input.data_dir:
-        return None, None
-    scan = lambda folder: audio_files.scan_folder(folder, bad_files=config.input.bad_files)
-    files = scan(config.input.data_dir)
-    if config.input.valid_dir:
-        return files, scan(config.input.valid_dir)
-    return audio_files.split_files(files, valid_fraction=0.05)
+def _find_files(config: ConfigDict, workdir: epath.Path) -> dict[str, list | None]:
+    """Return the files for "train" and "valid", None for synthetic music. A resumed run opens only changed files."""
+    spec = config.input
+    if not spec.data_dir:
+        return {"train": None, "valid": None}
+    folders = {"train": spec.data_dir} | ({"valid": spec.valid_dir} if spec.valid_dir else {})
+    files = {
+        part: audio_files.scan_folder(folder, workdir / f"{part}_files.jsonl", bad_files=spec.bad_files)
+        for part, folder in folders.items()
+    }
+    if "valid" not in files:
+        files["train"], files["valid"] = audio_files.split_files(files["train"], valid_fraction=0.05)
+    return files
 
 
 def _training_data(config: ConfigDict, tokenizer: Any, files: list | None, seed: int) -> tuple[Any, int | None]:
@@ -284,8 +292,7 @@ def _announce(
     )
 
 
-def _check_finite(step: int, metrics: dict[str, Any]) -> None:
+def _check_finite(step: int, loss: Any) -> None:
     """Keep a broken state out of the checkpoints."""
-    loss = float(metrics.get("loss", metrics.get("train/loss", 0.0)))
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}; the last checkpoint is intact")
+    if not math.isfinite(float(loss)):
+        raise FloatingPointError(f"the loss is {float(loss)} at step {step}; the last checkpoint is intact")

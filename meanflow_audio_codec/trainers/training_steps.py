@@ -68,7 +68,7 @@ def make_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict
     """Return what evaluators call, all with the averaged parameters.
 
     `loss(state, audio, rng)`: the objective's raw metrics.
-    `reconstruct(state, audio, rng, nfe)`: decoded audio [b, s, c], and the mean squared error of each clip's tokens [b].
+    `reconstruct(state, audio, rng, nfe)`: decoded audio [b, s, c], and the squared error of each clip's tokens [b].
     """
     name = config.objective.name
 

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import soxr
 
-from meanflow_audio_codec.datasets.audio import load_crop, read_crop, scan_folder, split_files
+from meanflow_audio_codec.datasets.audio import load_crop, read_crop, scan_folder, split_files, write_manifest
 from meanflow_audio_codec.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -71,9 +71,7 @@ def test_folder_linked_into_itself_is_scanned_once(tmp_path):
 
 def test_missing_and_empty_folder_name_the_field_and_the_formats(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(
-            InputError, match=r"input\.data_dir.*\.wav, \.flac, \.ogg, \.opus, \.mp3"
-        ):
+        with pytest.raises(InputError, match=r"input\.data_dir.*\.wav, \.flac, \.ogg, \.opus, \.mp3"):
             scan_folder(folder)
 
 
@@ -135,6 +133,8 @@ def test_manifest_spares_opening_unchanged_files_only(tmp_path):
     folder = tmp_path / "music"
     kept, changed = write(folder / "a.wav", noise(1000, 1)), write(folder / "b.wav", noise(1000, 1))
     files = scan_folder(folder, manifest)
+    assert not manifest.exists()  # a scan writes nothing
+    write_manifest(manifest, files)
     assert scan_folder(folder, manifest) == files
     stat = kept.stat()
     kept.write_bytes(b"x" * stat.st_size)
@@ -151,7 +151,7 @@ def test_manifest_spares_opening_unchanged_files_only(tmp_path):
 
 def test_manifest_holds_where_the_folder_moves(tmp_path):
     path = write(tmp_path / "old" / "a.wav", noise(1000, 1))
-    scan_folder(path.parent, tmp_path / "manifest.jsonl")
+    write_manifest(tmp_path / "manifest.jsonl", scan_folder(path.parent))
     path.parent.rename(tmp_path / "new")
     moved = scan_folder(tmp_path / "new", tmp_path / "manifest.jsonl")[0]
     assert moved.path == str(tmp_path / "new" / "a.wav")
@@ -219,9 +219,7 @@ def test_channels_are_averaged_doubled_or_refused(tmp_path):
     stereo = scan_one(write(tmp_path / "2.wav", noise(100, 2)))
     samples = read_crop(stereo, 0, 100)
     crop = dict(sample_rate=44100, segment_samples=100)
-    np.testing.assert_array_equal(
-        load_crop(stereo, 0, channels=1, **crop)[:, 0], samples.mean(axis=1)
-    )
+    np.testing.assert_array_equal(load_crop(stereo, 0, channels=1, **crop)[:, 0], samples.mean(axis=1))
     mono = scan_one(write(tmp_path / "1.wav", noise(100, 1)))
     doubled = load_crop(mono, 0, channels=2, **crop)
     np.testing.assert_array_equal(doubled, np.repeat(read_crop(mono, 0, 100), 2, axis=1))

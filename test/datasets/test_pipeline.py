@@ -75,9 +75,7 @@ def test_crops_are_stretches_of_the_files(ramps):
 
 def test_an_epoch_visits_files_by_length_and_the_next_one_elsewhere(ramps):
     settings = dict(SETTINGS, batch_size=4)  # 3 + 1 segments: one batch is one epoch
-    starts = first_frames(
-        take(build_audio_pipeline(files=ramps, polarity=False, **settings), 30)
-    ).reshape(30, 4)
+    starts = first_frames(take(build_audio_pipeline(files=ramps, polarity=False, **settings), 30)).reshape(30, 4)
     assert ((starts < 10000).sum(axis=1) == 3).all()
     assert len(np.unique(starts)) > 100
     assert starts[starts < 10000].max() > 1.9 * SAMPLES  # anywhere, not on a grid from 0
@@ -88,9 +86,7 @@ def test_the_seed_decides_everything(files):
         settings = dict(SETTINGS, seed=seed)
         return np.stack(
             take(
-                build_audio_pipeline(
-                    files=files, gain_db=(-9.0, 0.0), read_threads=threads, **settings
-                ),
+                build_audio_pipeline(files=files, gain_db=(-9.0, 0.0), read_threads=threads, **settings),
                 6,
             )
         )
@@ -128,9 +124,7 @@ def test_shards_partition_the_stream(ramps):
     whole = np.concatenate(take(build_audio_pipeline(files=ramps, **SETTINGS), 6))
     settings = dict(SETTINGS, batch_size=2)
     for shard in range(2):
-        part = np.concatenate(
-            take(build_audio_pipeline(files=ramps, shard_index=shard, shard_count=2, **settings), 6)
-        )
+        part = np.concatenate(take(build_audio_pipeline(files=ramps, shard_index=shard, shard_count=2, **settings), 6))
         np.testing.assert_array_equal(part, whole[shard::2])
 
 
@@ -148,14 +142,10 @@ def test_gain_and_polarity_cover_their_ranges(tmp_path):
 def test_peaks_never_pass_one(tmp_path):
     soundfile.write(tmp_path / "x.wav", np.linspace(-1.5, 1.5, 3000), RATE, subtype="FLOAT")
     loud = scan_folder(tmp_path)
-    crops = np.concatenate(
-        take(build_audio_pipeline(files=loud, gain_db=(0.0, 12.0), **SETTINGS), 20)
-    )
+    crops = np.concatenate(take(build_audio_pipeline(files=loud, gain_db=(0.0, 12.0), **SETTINGS), 20))
     assert np.abs(crops).max() == 1.0
     assert np.ptp(np.diff(crops[:, :, 0]), axis=1).max() < 1e-6  # scaled, not clipped
-    clips, _ = eval_clips(
-        files=loud, sample_rate=RATE, segment_samples=2900, num_clips=2, channels=1, seed=0
-    )
+    clips, _ = eval_clips(files=loud, sample_rate=RATE, segment_samples=2900, num_clips=2, channels=1, seed=0)
     assert np.abs(clips).max() == 1.0
 
 
@@ -177,9 +167,9 @@ def test_short_files_fail_are_padded_or_skipped(tmp_path, caplog):
     mixed = scan_folder(tmp_path)
     with pytest.raises(InputError, match=r"short\.wav lasts 0\.031 s, a segment 0\.062 s.*=pad"):
         build_audio_pipeline(files=mixed, **SETTINGS)
-    padded = np.concatenate(
-        take(build_audio_pipeline(files=mixed, short_files="pad", polarity=False, **SETTINGS), 9)
-    )[:, :, 0]
+    padded = np.concatenate(take(build_audio_pipeline(files=mixed, short_files="pad", polarity=False, **SETTINGS), 9))[
+        :, :, 0
+    ]
     short = padded[padded[:, 0] > 0.5]
     np.testing.assert_array_equal(short[0, : SAMPLES // 2] * 32768, 20001 + np.arange(500))
     assert len(short) == 6 and not short[:, SAMPLES // 2 :].any()
@@ -233,9 +223,7 @@ def test_eval_clips_are_fixed_and_spread_over_the_files(files):
 
 
 def test_eval_clips_are_the_samples_that_their_names_say(ramps):
-    clips, names = eval_clips(
-        files=ramps, sample_rate=RATE, segment_samples=SAMPLES, num_clips=6, channels=1, seed=0
-    )
+    clips, names = eval_clips(files=ramps, sample_rate=RATE, segment_samples=SAMPLES, num_clips=6, channels=1, seed=0)
     for clip, name in zip(clips[:, :, 0], names, strict=True):
         file, seconds = name[:-1].split("@")
         first = clip[0] * 32768 - (1 if file == "a.wav" else 10001)

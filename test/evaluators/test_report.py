@@ -80,7 +80,7 @@ def workdir(tmp_path):
             audio = 0.1 * np.random.default_rng(i).standard_normal(2000).astype(np.float32)
             soundfile.write(folder / f"00_{name}.wav", audio, 8000)
             clips.append((name, audio))
-        draw_spectrograms(folder / "00.png", clips, 8000)
+        draw_spectrograms(folder / "00.png", "clip 0", clips, 8000)
     return tmp_path
 
 
@@ -166,7 +166,7 @@ def test_long_curves_stay_small(tmp_path):
 def test_spectrogram_shows_the_tone_where_it_is(tmp_path):
     tone = np.sin(2 * np.pi * 3000 * np.arange(24000) / 24000)
     clips = [("reference $x$", np.zeros(24000)), ("nfe 1", tone)]
-    draw_spectrograms(tmp_path / "a.png", clips, 24000)
+    draw_spectrograms(tmp_path / "a.png", "tone.wav$", clips, 24000)
     picture = imread(tmp_path / "a.png")
     height, width, channels = picture.shape
     assert width > height > 100 and channels == 4

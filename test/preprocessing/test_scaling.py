@@ -37,9 +37,7 @@ def test_compand_equals_the_power_law_and_expand_inverts_it(exponent):
 def test_gradients_are_the_slope_even_at_zero(function, exponent):
     """At zero it is a eps^(a-1), its inverse for expand: not the 0 of a naive sign(x)."""
     eps = 1e-4
-    slope = jax.vmap(jax.grad(lambda x: function(x, exponent, eps)))(
-        jnp.asarray(VALUES, jnp.float32)
-    )
+    slope = jax.vmap(jax.grad(lambda x: function(x, exponent, eps)))(jnp.asarray(VALUES, jnp.float32))
     assert np.all(np.isfinite(slope)) and np.all(slope > 0)
     at_zero = jax.grad(lambda x: function(x, exponent, eps))(0.0)
     expected = exponent * eps ** (exponent - 1)
@@ -56,9 +54,7 @@ def test_exponent_one_is_the_identity():
 def test_band_scale_gives_unit_rms_per_band():
     bands = np.array([0, 0, 0, 1, 2, 2, 1, 0])
     loudness = np.array([1.0, 0.1, 0.02])[bands] * np.linspace(0.5, 1.5, 8)
-    tokens = jnp.asarray(
-        np.random.default_rng(0).standard_normal((4, 50, 8)) * loudness, jnp.float32
-    )
+    tokens = jnp.asarray(np.random.default_rng(0).standard_normal((4, 50, 8)) * loudness, jnp.float32)
     scale = jax.jit(band_scale)(tokens, bands)
     scaled = np.asarray(tokens) / np.asarray(scale)
     for band in range(3):

@@ -110,10 +110,7 @@ def mlp():
         dense = lambda rng, i, o: jax.random.normal(rng, (i, o)) / jnp.sqrt(i)
         return {
             "in": dense(rng_in, 2 * d + 2, width),
-            "blocks": [
-                {"w": dense(rng, width, width), "skip": dense(rng, 2 * d + 2, width)}
-                for rng in rng_blocks
-            ],
+            "blocks": [{"w": dense(rng, width, width), "skip": dense(rng, 2 * d + 2, width)} for rng in rng_blocks],
             "out": 0.3 * dense(rng_out, width, d),
         }
 

@@ -141,9 +141,7 @@ def test_one_euler_step_collapses_to_the_mean_of_the_data(x64, bimodal, gaussian
 def test_euler_converges_to_the_flow_at_first_order(x64, gaussian):
     e = jax.random.normal(key(), (32, 3))
     exact = gaussian.m + gaussian.s * e
-    error = [
-        jnp.abs(flow.euler_sample(gaussian.u, e, None, nfe) - exact).max() for nfe in (32, 64, 128)
-    ]
+    error = [jnp.abs(flow.euler_sample(gaussian.u, e, None, nfe) - exact).max() for nfe in (32, 64, 128)]
     np.testing.assert_allclose([error[0] / error[1], error[1] / error[2]], 2.0, rtol=0.05)
 
 
@@ -169,9 +167,7 @@ def test_solvers_visit_the_uniform_grid_and_pass_the_condition():
 @pytest.mark.parametrize("solver", [flow.flow_map_sample, flow.euler_sample])
 def test_solver_program_does_not_grow_with_the_number_of_steps(solver, gaussian):
     size = lambda nfe: len(
-        str(jax.make_jaxpr(lambda z: solver(gaussian.u, z, None, nfe))(jnp.zeros((2, 1)))).split(
-            "\n"
-        )
+        str(jax.make_jaxpr(lambda z: solver(gaussian.u, z, None, nfe))(jnp.zeros((2, 1)))).split("\n")
     )
     assert size(200) == size(2)
 

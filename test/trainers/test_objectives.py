@@ -35,9 +35,7 @@ def key(seed=0):
 
 def loss_and_gradients(name, mlp, params, x, cond, cfg):
     """Loss, and gradients with respect to the network and the condition."""
-    loss = lambda params, cond: OBJECTIVES[name](
-        functools.partial(mlp.apply, params), x, cond, key(7), cfg
-    )[0]
+    loss = lambda params, cond: OBJECTIVES[name](functools.partial(mlp.apply, params), x, cond, key(7), cfg)[0]
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, cond)
 
 
@@ -80,15 +78,11 @@ def test_rows_with_a_derivative_become_flow_matching_at_r_equal_t(mlp, problem, 
     tangent = getattr(objectives, tangent)
 
     def sum_of_squares(residual_of):
-        loss = lambda params, cond: jnp.sum(
-            residual_of(functools.partial(mlp.apply, params), cond) ** 2
-        )
+        loss = lambda params, cond: jnp.sum(residual_of(functools.partial(mlp.apply, params), cond) ** 2)
         return jax.value_and_grad(loss, argnums=(0, 1))(params, cond)
 
     v_rows = sum_of_squares(lambda u_fn, cond: objectives._v_residual(u_fn, x, e, t, cond))
-    u_rows = sum_of_squares(
-        lambda u_fn, cond: objectives._u_residual(u_fn, x, e, t, t, cond, tangent)[0]
-    )
+    u_rows = sum_of_squares(lambda u_fn, cond: objectives._u_residual(u_fn, x, e, t, t, cond, tangent)[0])
     assert_trees_equal(v_rows, u_rows)
 
 
@@ -132,12 +126,10 @@ def test_the_target_carries_no_gradient(mlp, problem, name):
     u_fn = functools.partial(mlp.apply, params)
     w = v if name == "mean_flow" else u_fn(z, t, t, cond)
     u_tgt = v - h * flow.average_velocity_jvp(u_fn, z, t, r, cond, w)[1]  # a constant below
-    by_hand = jax.grad(
-        lambda params: jnp.mean(jnp.sum((mlp.apply(params, z, t, r, cond) - u_tgt) ** 2, axis=1))
-    )(params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient, by_hand
+    by_hand = jax.grad(lambda params: jnp.mean(jnp.sum((mlp.apply(params, z, t, r, cond) - u_tgt) ** 2, axis=1)))(
+        params
     )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient, by_hand)
 
 
 # --- error floors
@@ -206,9 +198,7 @@ def test_adaptive_weight_by_hand(norm_p):
     delta2 = (residual**2).sum((1, 2))
     weight = (delta2 + 0.3) ** -norm_p
     np.testing.assert_allclose(loss(cond), (weight * delta2).mean(), rtol=1e-5)
-    np.testing.assert_allclose(
-        jax.grad(loss)(cond), 2 * weight[:, None, None] * residual / 4, rtol=1e-5
-    )
+    np.testing.assert_allclose(jax.grad(loss)(cond), 2 * weight[:, None, None] * residual / 4, rtol=1e-5)
 
 
 # --- rows
@@ -243,9 +233,7 @@ def test_metrics_are_finite_scalars_with_fixed_names(name, fm_fraction):
     """Also where no rows exist to average over, and for a network that starts at zero."""
     cfg = config(fm_fraction=fm_fraction)
     zero = lambda z, t, r, cond: 0 * z
-    loss, metrics = jax.jit(lambda x: OBJECTIVES[name](zero, x, None, key(), cfg))(
-        jnp.ones((4, 3, 2))
-    )
+    loss, metrics = jax.jit(lambda x: OBJECTIVES[name](zero, x, None, key(), cfg))(jnp.ones((4, 3, 2)))
     quarters = [f"{m}_{q}" for m in ("v_mse", "v_share") for q in objectives.T_QUARTERS]
     expected = {
         "autoencoder": {"loss", "x_mse"},
@@ -262,9 +250,7 @@ def test_metrics_are_finite_scalars_with_fixed_names(name, fm_fraction):
 @pytest.mark.parametrize("fm_fraction", [-0.1, 1.5])
 def test_fm_fraction_outside_the_unit_interval_is_refused(problem, fm_fraction):
     with pytest.raises(InputError, match="objective.fm_fraction"):
-        objectives.mean_flow(
-            lambda z, t, r, cond: z, problem[1], None, key(), config(fm_fraction=fm_fraction)
-        )
+        objectives.mean_flow(lambda z, t, r, cond: z, problem[1], None, key(), config(fm_fraction=fm_fraction))
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -288,9 +274,7 @@ def test_loss_is_float32_around_a_bfloat16_network(mlp, problem, name):
 
     loss, metrics = OBJECTIVES[name](u_fn, x.astype(jnp.bfloat16), cond, key(7), config(norm_p=0.0))
     assert all(m.dtype == jnp.float32 for m in metrics.values())
-    reference = loss_and_gradients(
-        name, mlp, params, x.astype(jnp.bfloat16), cond, config(norm_p=0.0)
-    )[0]
+    reference = loss_and_gradients(name, mlp, params, x.astype(jnp.bfloat16), cond, config(norm_p=0.0))[0]
     # bfloat16 keeps 8 bits; the derivative of (z - x_hat) / t multiplies its error.
     np.testing.assert_allclose(loss, reference, rtol=0.1)
 
@@ -310,9 +294,7 @@ def train(mlp, bimodal):
             params, opt_state = state
             rng_x, rng = jax.random.split(jax.random.fold_in(key(3), step))
             x = bimodal.sample(rng_x, (batch, 1))
-            loss = lambda params: OBJECTIVES[name](
-                functools.partial(mlp.apply, params), x, None, rng, cfg
-            )
+            loss = lambda params: OBJECTIVES[name](functools.partial(mlp.apply, params), x, None, rng, cfg)
             gradient, metrics = jax.grad(loss, has_aux=True)(params)
             updates, opt_state = tx.update(gradient, opt_state)
             return (optax.apply_updates(params, updates), opt_state), metrics
