@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from meanflow_audio_codec.errors import InputError
@@ -237,6 +238,8 @@ def changed_fields(old: dict[str, Any], config: ConfigDict) -> list[str]:
     ]
 
 
-def to_json(config: ConfigDict) -> str:
-    """Return the resolved config as JSON, lists for tuples."""
-    return json.dumps(config.copy_and_resolve_references().to_dict(), indent=2) + "\n"
+def save(config: ConfigDict, path: epath.Path) -> None:
+    """Write the resolved config as JSON, lists for tuples, atomically."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(config.copy_and_resolve_references().to_dict(), indent=2) + "\n")
+    partial.replace(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -34,14 +35,6 @@ class Checkpoints:
         """Wait, and stop the saving threads."""
         self._manager.close()
 
-    def restore(self, step: int, state: Any, data: grain.DatasetIterator) -> Any:
-        """Return the state of `step`, shaped and placed like `state`, and move `data` to its position."""
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(template), data=grain.checkpoint.CheckpointRestore(data)
-        )
-        return self._manager.restore(step, args=items)["state"]
-
 
 def newest_step(workdir: epath.PathLike) -> int | None:
     """Return the step of the newest complete checkpoint in `workdir`, or None. Touches nothing."""
@@ -50,26 +43,28 @@ def newest_step(workdir: epath.PathLike) -> int | None:
     return max(steps, default=None)
 
 
-def restore_state(workdir: str, field: str, template: Any) -> Any:
-    """Return the parts of another run's newest train state that `template` has, for `resume` and `init_from`.
+def restore(workdir: epath.PathLike, field: str, template: Any, data: grain.DatasetIterator | None = None) -> Any:
+    """Return those parts of the newest train state in `workdir` that `template` has, as host arrays.
+
+    `data`, where given, moves to the position saved with it. `field` is what named `workdir`, for the errors.
 
     Raises:
-        InputError: `workdir`, given by config field `field`, holds no complete checkpoint, or one of another model.
+        InputError: `workdir` holds no complete checkpoint, or one of another model.
     """
     step = newest_step(workdir)
     if step is None:
         raise InputError(f"{field}: no complete checkpoint in {workdir}; give a finished or running workdir")
-    path = epath.Path(workdir).expanduser().absolute() / "checkpoints" / str(step) / "state"
+    path = epath.Path(workdir).expanduser().absolute() / "checkpoints" / str(step)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = checkpointer.restore(path)
-    by_name = dict(_named_leaves(saved))
-    leaves = []
+        as_arrays = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)  # whatever devices they were saved from
+        restore_args = jax.tree.map(as_arrays, checkpointer.metadata(path / "state").item_metadata.tree)
+        saved = dict(_named_leaves(checkpointer.restore(path / "state", restore_args=restore_args)))
     for name, leaf in _named_leaves(template):
-        if name not in by_name or by_name[name].shape != leaf.shape:
-            raise InputError(
-                f"{field}: {workdir} holds another model ({name} differs); give one of this config's shape"
-            )
-        leaves.append(by_name[name])
+        if name not in saved or saved[name].shape != leaf.shape:
+            raise InputError(f"{field}: {workdir} holds another model ({name} differs); give one of this config's")
+    if data is not None:
+        grain.checkpoint.CheckpointHandler().restore(path / "data", data)
+    leaves = [saved[name] for name, _ in _named_leaves(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 

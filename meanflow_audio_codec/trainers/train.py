@@ -30,7 +30,7 @@ from meanflow_audio_codec.models.train_state import TrainState
 from meanflow_audio_codec.preprocessing import scaling
 from meanflow_audio_codec.preprocessing.tokenizers import TOKENIZERS
 from meanflow_audio_codec.trainers import training_steps
-from meanflow_audio_codec.trainers.checkpoints import Checkpoints, newest_step, restore_state
+from meanflow_audio_codec.trainers.checkpoints import Checkpoints, newest_step, restore
 from meanflow_audio_codec.trainers.metric_writers import MetricWriter, Progress
 from meanflow_audio_codec.trainers.objectives import OBJECTIVES
 from meanflow_audio_codec.trainers.optimizers import make_optimizer
@@ -93,27 +93,27 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     ################################################ Restore: own checkpoint, another run's, its parameters, or scratch
     data = iter(loader)
-    first_step = newest_step(workdir)
-    if first_step is None and config.resume:
-        state = restore_state(config.resume, "resume", state)
-    elif first_step is None:
+    if newest_step(workdir) is not None:
+        state = restore(workdir, "--workdir", state, data)
+    elif config.resume:
+        state = restore(config.resume, "resume", state, data)
+    else:
         state = state.replace(scale=_measure_scale(config, tokenizer, files["train"]))
         if config.init_from:
-            params = restore_state(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
+            params = restore(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
             state = state.replace(params=params, ema_params=params)
     state = jax.device_put(state, replicated)
+    first_step = int(state.step)
 
+    ################################################ Workdir: from here on things are written
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(configuration.to_json(config))
+    configuration.save(config, workdir / "config.json")
     for part, found in files.items():
         if found is not None:
             audio_files.write_manifest(workdir / f"{part}_files.jsonl", found)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_logging_to(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
-        if first_step is not None:
-            state = checkpoints.restore(first_step, state, data)
-        first_step = int(state.step)
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, first_step)))
         _announce(config, tokenizer, state, files["train"], first_step, total_steps)
 
