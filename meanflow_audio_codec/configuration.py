@@ -8,40 +8,51 @@ A leaf that is None is one that the user must still give.
 """
 
 import difflib
-import functools
 import importlib.util
 import json
 import pathlib
+import re
 from typing import Any
 
 import yaml
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from meanflow_audio_codec.errors import InputError
 
 UNITS = ("steps", "epochs", "examples", "percent")
-# A rerun in the same workdir may change these: they touch neither the model nor the data nor the step.
+# A rerun in the same workdir may change these: they touch neither the model nor the data. Another total stretches the
+# learning-rate schedule from here on.
 FREE_FIELDS = ("total_", "log_", "checkpoint_", "evals.", "resume", "init_from", "input.read_threads")
 
 
-def load_config(spec: str) -> ConfigDict:
-    """Load `PATH` or `PATH.py:ARGUMENTS` as a locked config.
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-4 is one, as in JSON."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(spec: str, folder: pathlib.Path = pathlib.Path()) -> ConfigDict:
+    """Load `PATH` or `PATH.py:ARGUMENTS`, relative to `folder`, as a locked config.
 
     Raises:
         InputError: no such file, a file that is not a config, an unknown or mistyped key in it.
     """
-    path, _, arg = spec.partition(":")
-    file = pathlib.Path(path).expanduser()
+    path, is_python, arg = spec.partition(".py:")
+    file = folder / pathlib.Path(path + ".py" if is_python else path).expanduser()
     if not file.is_file():
-        raise InputError(f"--config: no file {path}; give a .py, .json or .yaml config")
+        raise InputError(f"--config: no file {file}; give a .py, .json or .yaml config")
     if file.suffix == ".py":
         config = _load_python(file, arg)
     elif file.suffix in (".json", ".yaml", ".yml"):
         config = _load_data(file)
     else:
-        raise InputError(f"--config: {path} must end in .py, .json or .yaml")
+        raise InputError(f"--config: {file} must end in .py, .json or .yaml")
     return config.lock()
 
 
@@ -100,9 +111,11 @@ def override_from_flags(config: ConfigDict, arguments: list[str]) -> ConfigDict:
 def _new_unit(config: ConfigDict, name: str, arguments: list[str], match: str) -> None:
     """Make room for duration `name` in place of its other unit, unless the user sets that one too."""
     *parents, key = name.split(".")
-    owner = functools.reduce(lambda group, part: group.get(part, ConfigDict()), parents, config)
+    owner = config
+    for part in parents:
+        owner = owner.get(part) if isinstance(owner, ConfigDict) else None
     stem, _, unit = key.rpartition("_")
-    others = [f"{stem}_{u}" for u in UNITS if f"{stem}_{u}" in owner]
+    others = [f"{stem}_{u}" for u in UNITS if f"{stem}_{u}" in (owner or ())]
     if unit not in UNITS or not others:
         raise InputError(f"--config.{name}: no such config field{match}")
     for other in others:
@@ -121,18 +134,16 @@ def _load_python(file: pathlib.Path, arg: str) -> ConfigDict:
 
 def _load_data(file: pathlib.Path) -> ConfigDict:
     try:
-        values = yaml.safe_load(file.read_text())  # JSON is a part of YAML
+        values = yaml.load(file.read_text(), _YamlLoader)  # JSON is a part of YAML
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config: {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config: {file} holds no mapping of fields")
     base = values.pop("base", None)
     if base is None:
-        return ConfigDict(_tuples(values))
-    base_path, _, arg = base.partition(":")
-    base_path = file.parent / pathlib.Path(base_path).expanduser()
-    config = load_config(f"{base_path}:{arg}" if arg else str(base_path)).copy_and_resolve_references()
-    _override(config.unlock(), values, str(file))
+        return ConfigDict(_leaf(values))
+    config = load_config(base, file.parent).unlock()
+    _override(config, values, str(file))
     return config
 
 
@@ -152,17 +163,19 @@ def _override(config: ConfigDict, values: dict[str, Any], source: str, prefix: s
             _override(config[key], value, source, name + ".")
         else:
             try:
-                config[key] = _tuples(value)
+                config[key] = placeholder(type(config[key])) if value is None else _leaf(value)
             except TypeError:
                 wanted = type(config[key]).__name__
                 raise InputError(f"{source}: {name} is {value!r}; give a value of type {wanted}") from None
 
 
-def _tuples(value: Any) -> Any:
-    """Turn the lists of a data file into the tuples that Python configs hold."""
+def _leaf(value: Any) -> Any:
+    """Turn what data files can hold into what Python configs hold: tuples for lists, placeholders for nulls."""
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        return {key: _leaf(item) for key, item in value.items()}
+    if value is None:
+        return placeholder(str)
+    return tuple(_leaf(item) for item in value) if isinstance(value, list) else value
 
 
 def near_match(key: str, known: Any) -> str:
@@ -230,7 +243,7 @@ def duration_steps(
 
 def changed_fields(old: dict[str, Any], config: ConfigDict) -> list[str]:
     """Return 'field: old -> new' for each leaf by which `config` would make another run than the saved `old` did."""
-    before, after = leaves(ConfigDict(_tuples(old))), leaves(config)
+    before, after = leaves(ConfigDict(_leaf(old))), leaves(config)
     return [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in sorted(before | after)

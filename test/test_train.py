@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "meanflow_mdct.py")
 # The smallest run that still logs, evaluates and saves several times. Few evaluations: each is a compilation.
 TINY = {
+    "model.variant": "mu",
     "total_steps": 12,
     "log_steps": 2,
     "checkpoint_steps": 3,

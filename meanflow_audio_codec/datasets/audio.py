@@ -94,7 +94,7 @@ def scan_folder(
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise InputError(
-            f"input.data_dir={str(data_dir)!r} is not a folder: name one that holds {', '.join(FORMATS)} files"
+            f"input.data_dir or input.valid_dir: {data_dir} is not a folder; name one with {', '.join(FORMATS)} files"
         )
     found = _find(root)
     known = {} if manifest is None else _read_manifest(Path(manifest), root)
@@ -103,7 +103,9 @@ def scan_folder(
     files = [result for result in probed if isinstance(result, AudioFile)]
     _report_bad([result for result in probed if isinstance(result, str)], root, bad_files)
     if not files:
-        raise InputError(f"input.data_dir={str(data_dir)!r} holds no audio: put {', '.join(FORMATS)} files in it")
+        raise InputError(
+            f"input.data_dir or input.valid_dir: {data_dir} holds no audio; put {', '.join(FORMATS)} files in it"
+        )
     return files
 
 

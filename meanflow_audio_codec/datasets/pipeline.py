@@ -80,7 +80,7 @@ def build_audio_pipeline(
         def crop(index, rng):
             return _random_crop(usable[index], rng, sample_rate, segment_samples, channels, silence_db)[0]
 
-        segments = _Segments([file.duration * sample_rate / segment_samples for file in usable])
+        segments = _Segments(usable, sample_rate, segment_samples)
         stream = grain.MapDataset.source(segments).seed(seed).shuffle().repeat().random_map(crop)
 
     def augment(audio, rng):
@@ -134,11 +134,18 @@ def eval_clips(
     return np.stack(clips), names
 
 
+def segments_per_epoch(files: list[AudioFile], sample_rate: int, segment_samples: int, short_files: str) -> int:
+    """Return the number of crops after which the stream has visited every file as often as its length asks."""
+    usable = _usable_files(files, sample_rate, segment_samples, 1, short_files)
+    return len(_Segments(usable, sample_rate, segment_samples))
+
+
 class _Segments:
     """The files' numbers, each as often as whole segments fit into the file, at least once."""
 
-    def __init__(self, segments_per_file: list[float]):
-        self._ends = np.cumsum([max(1, math.floor(count)) for count in segments_per_file])
+    def __init__(self, files: list[AudioFile], sample_rate: int, segment_samples: int):
+        counts = [file.duration * sample_rate / segment_samples for file in files]
+        self._ends = np.cumsum([max(1, math.floor(count)) for count in counts])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -56,7 +56,7 @@ class Evaluator:
 
 
 def _newest_mse(workdir: str) -> float:
-    path = epath.Path(workdir) / "metrics.jsonl"
+    path = epath.Path(workdir).expanduser() / "metrics.jsonl"
     key = "reconstruction/x_mse_nfe1"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     values = [row[key] for row in rows if key in row]

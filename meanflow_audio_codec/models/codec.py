@@ -23,11 +23,12 @@ from meanflow_audio_codec.models.mlp_flow import MlpFlow
 
 BACKBONES = {"conv": ConvFlow, "mlp": MlpFlow}
 
-# variant: width, decoder blocks, blocks on either side of the bottleneck. Parameters with 256 features, 64 latents:
+# Width, blocks of the decoder, blocks of encoder and upsampler each; parameters with 256 features and 64 latents.
 VARIANTS = {
-    "Ti": dict(width=128, depth=4, side_depth=2),
-    "S": dict(width=256, depth=6, side_depth=3),
-    "B": dict(width=512, depth=12, side_depth=4),
+    "mu": dict(width=32, depth=1, side_depth=1),  #  for tests
+    "Ti": dict(width=128, depth=4, side_depth=2),  #  1.40 M
+    "S": dict(width=256, depth=6, side_depth=3),  #  7.25 M
+    "B": dict(width=512, depth=12, side_depth=4),  # 45.2 M
 }
 
 
@@ -92,9 +93,13 @@ class CodecModel(nn.Module):
             ("backbone", self.backbone, BACKBONES),
             ("output", self.output, ("x", "u")),
             ("quantizer", self.quantizer, ("fsq", "none")),
+            ("dtype", self.dtype, ("float32", "bfloat16")),
         ):
             if value not in known:
                 raise InputError(f"model.{field} is {value!r}; choose one of {', '.join(known)}")
+        for field, least in (("fsq_levels", 2), ("latent_dim", 1), ("downsample", 1)):
+            if getattr(self, field) < least:
+                raise InputError(f"model.{field} is {getattr(self, field)}; choose {least} or more")
         size, dtype = VARIANTS[self.variant], jnp.dtype(self.dtype)
         width, side = size["width"], size["side_depth"]
         self.encoder = Encoder(width, side, self.downsample, self.latent_dim, dtype)

@@ -38,7 +38,7 @@ class Checkpoints:
 
 def newest_step(workdir: epath.PathLike) -> int | None:
     """Return the step of the newest complete checkpoint in `workdir`, or None. Touches nothing."""
-    folder = epath.Path(workdir) / "checkpoints"
+    folder = epath.Path(workdir).expanduser() / "checkpoints"
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     return max(steps, default=None)
 

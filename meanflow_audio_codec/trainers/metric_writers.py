@@ -5,12 +5,14 @@ clock: it is a function of the config alone, so an interrupted run ends with the
 Times are in `timings.jsonl`.
 """
 
+import contextlib
 import datetime
 import json
 import logging
 import math
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -105,9 +107,12 @@ class Progress:
             )
         return steps_per_s, examples_per_s
 
-    def skip(self) -> None:
-        """Leave the time since the last report (an evaluation, a save) out of the speed."""
-        self._time = time.monotonic()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside, an evaluation or a save, out of the speed."""
+        start = time.monotonic()
+        yield
+        self._time += time.monotonic() - start
 
     def close(self) -> None:
         """Finish the bar's line."""

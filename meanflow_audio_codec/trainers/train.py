@@ -78,6 +78,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     state = init(jax.random.key(config.seed), jnp.ones(features))
     train_step = training_steps.make_train_step(model, tokenizer, tx, config)
+    segment = (batch_size, tokenizer.segment_samples(config.input.num_tokens), config.input.channels)
+    jax.eval_shape(train_step, state, {"audio": jax.ShapeDtypeStruct(segment, jnp.float32)})  # finds a wrong field
     predict_fns = training_steps.make_predict_fns(model, tokenizer, config)
 
     ################################################ Evaluators
@@ -132,17 +134,17 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
             due = [evaluator for first, steps, evaluator in evals if step == first or step % steps == 0 or last]
             if due:
-                scores = {name: value for evaluator in due for name, value in evaluator.run(state)}
-                if scores:
-                    writer.write(step, scores)
-                    log.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-                write_report(workdir)
-                progress.skip()
+                with progress.paused():
+                    scores = {name: value for evaluator in due for name, value in evaluator.run(state)}
+                    if scores:
+                        writer.write(step, scores)
+                        log.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+                    write_report(workdir)
 
             if step % checkpoint_steps == 0 or last:
-                _check_finite(step, metrics["loss"])
-                checkpoints.save(step, state, data)
-                progress.skip()
+                _check_finite(step, metrics["param_norm"])
+                with progress.paused():
+                    checkpoints.save(step, state, data)
         checkpoints.wait()
         write_report(workdir)
         log.info("done: step %d, report in %s", total_steps, workdir / "report.html")
@@ -169,8 +171,11 @@ def _check_objective(config: ConfigDict) -> None:
     if name not in OBJECTIVES:
         raise InputError(f"objective.name is {name!r}; choose one of {', '.join(OBJECTIVES)}")
     for key, spec in config.evals.items():
-        if name == "autoencoder" and set(spec.get("nfe", (1,))) != {1}:
-            raise InputError(f"evals.{key}.nfe={spec.nfe}: an autoencoder decodes by one evaluation; set it to (1,)")
+        evaluations = spec.get("nfe", (1,))
+        if min(evaluations) < 1:
+            raise InputError(f"evals.{key}.nfe={evaluations}: give numbers of network evaluations from 1 on")
+        if name == "autoencoder" and set(evaluations) != {1}:
+            raise InputError(f"evals.{key}.nfe={evaluations}: an autoencoder decodes by one evaluation; set it to (1,)")
 
 
 def _find_files(config: ConfigDict, workdir: epath.Path) -> dict[str, list | None]:
@@ -211,7 +216,7 @@ def _training_data(config: ConfigDict, tokenizer: Any, files: list | None, seed:
     )
     if files is None:
         return loader, None
-    segments = sum(max(1, int(file.duration * spec.sample_rate / segment_samples)) for file in files)
+    segments = pipeline.segments_per_epoch(files, spec.sample_rate, segment_samples, spec.short_files)
     return loader, max(1, segments // spec.batch_size)
 
 
@@ -227,13 +232,13 @@ def _evaluation_clips(
         segment_samples=tokenizer.segment_samples(max(step, num_tokens)),
         num_clips=num_clips,
         channels=config.input.channels,
-        seed=config.seed,
+        seed=0,  # the same clips for every run
     )
 
 
 def _measure_scale(config: ConfigDict, tokenizer: Any, files: list | None) -> jax.Array:
     """Return each feature's RMS after companding, over at least 256 training segments drawn for this alone."""
-    data = iter(_training_data(config, tokenizer, files, config.seed + 1)[0])
+    data = iter(_training_data(config, tokenizer, files, config.seed ^ 1)[0])
     audio = np.concatenate([next(data)["audio"] for _ in range(-(-256 // config.input.batch_size))])
     tokens = scaling.compand(tokenizer.tokenize(jnp.asarray(audio)), config.tokens.exponent, config.tokens.eps)
     return scaling.band_scale(tokens, tokenizer.bands(config.input.channels, config.input.sample_rate))
@@ -249,7 +254,7 @@ def _build(group: str, classes: dict[str, type], spec: ConfigDict) -> Any:
 
 def _checked_fields(group: str, cls: type, spec: ConfigDict) -> dict[str, Any]:
     """Return `spec` as keyword arguments of `cls`, refusing those that it has not."""
-    fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", "features"}
     for name in spec.keys():
         if name not in fields:
             raise InputError(f"{group}.{name}: no such field{configuration.near_match(name, fields)}")
@@ -292,7 +297,7 @@ def _announce(
     )
 
 
-def _check_finite(step: int, loss: Any) -> None:
+def _check_finite(step: int, param_norm: Any) -> None:
     """Keep a broken state out of the checkpoints."""
-    if not math.isfinite(float(loss)):
-        raise FloatingPointError(f"the loss is {float(loss)} at step {step}; the last checkpoint is intact")
+    if not math.isfinite(float(param_norm)):
+        raise FloatingPointError(f"the parameters are not finite at step {step}; the last checkpoint is intact")
