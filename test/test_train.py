@@ -297,22 +297,25 @@ def test_batch_must_divide_among_devices(tmp_path):
 def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         line = stops(command(disk / "run", total_steps=60))
-        assert "space" in line.lower()
-        main(command(disk / "run", total_steps=60))
+        assert "no space to save step" in line
+        kept = (disk / "run" / "metrics.jsonl").read_text()
+        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
+        main(command(disk / "run", total_steps=8))
+        assert (disk / "run" / "metrics.jsonl").read_text().startswith(kept[: kept.index('{"step": 6')])
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        main(command(tmp_path / "run", **{"optimizer.lr": 1e30, "optimizer.grad_clip_norm": 1e30}))
-    assert "not finite at step" in stopped.value.code or "the loss is" in stopped.value.code
-    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+        main(command(tmp_path / "run", log_steps=1, **{"optimizer.lr": 1e30, "optimizer.grad_clip_norm": 1e30}))
+    assert "not finite at step" in stopped.value.code
+    assert [row["step"] for row in read(tmp_path / "run")] == [1]  # a warm-up's first step changes nothing
 
 
 def test_importing_is_light_and_training_needs_no_tensorflow(tmp_path):

@@ -1,5 +1,6 @@
 """Decoded clips to hear and see: WAV files beside their references, and their spectrograms, in samples/<step>/."""
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,9 +30,9 @@ class Evaluator:
             versions[f"nfe{nfe:02d}"] = np.asarray(reconstruct(state, self._audio, rng, nfe)[0])
         for i, name in enumerate(self._names):
             for label, audio in versions.items():
-                with (folder / f"{i:02d}_{label}.wav").open("wb") as file:
-                    pcm = np.clip(audio[i], -1, 1)
-                    soundfile.write(file, pcm, self._context.sample_rate, format="WAV", subtype="PCM_16")
+                wav = io.BytesIO()
+                soundfile.write(wav, np.clip(audio[i], -1, 1), self._context.sample_rate, "PCM_16", format="WAV")
+                (folder / f"{i:02d}_{label}.wav").write_bytes(wav.getvalue())
             clips = [(label, audio[i].mean(axis=-1)) for label, audio in versions.items()]
             draw_spectrograms(folder / f"{i:02d}.png", name, clips, self._context.sample_rate)
         yield from ()

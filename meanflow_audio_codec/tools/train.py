@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="folder for everything that the run makes")
     arguments, overrides = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails there is raised here
     logging.getLogger("meanflow_audio_codec").setLevel(logging.INFO)
     try:
         config = configuration.override_from_flags(configuration.load_config(arguments.config), overrides)

@@ -4,6 +4,7 @@ Saves run in the background and are atomic: a step's folder appears under its na
 newest folder can always be restored, whenever the process was killed.
 """
 
+import shutil
 from typing import Any
 
 import grain
@@ -20,12 +21,31 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(epath.Path(workdir).absolute() / "checkpoints", options=options)
+        self._folder = epath.Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
-        """Start saving; draw the next batch only after this returns, or the data position is one too far."""
+        """Start saving; draw the next batch only after this returns, or the data position is one too far.
+
+        Raises:
+            InputError: the disk has not the room; nothing was written.
+        """
+        self.wait()
+        self._check_room(step, state)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
         self._manager.save(step, args=items)
+
+    def _check_room(self, step: int, state: Any) -> None:
+        """A disk that fills up during a save breaks more than the save: ask before for twice the size."""
+        if "://" in str(self._folder):  # remote storage does not run full
+            return
+        needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise InputError(
+                f"--workdir: no space to save step {step} in {self._folder}: {free / 1e6:.0f} MB free, "
+                f"{needed / 1e6:.0f} MB needed; free some and run the same command, it resumes from the last checkpoint"
+            )
 
     def wait(self) -> None:
         """Wait for the save under way and raise what went wrong in it."""

@@ -152,12 +152,12 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
 
 def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
-    """Refuse a workdir that holds another run, or something else."""
+    """Refuse a workdir whose checkpoints are another run's."""
     saved = workdir / "config.json"
-    if not saved.exists():
-        if workdir.exists() and (not workdir.is_dir() or newest_step(workdir) is not None):
-            raise InputError(f"--workdir: {workdir} is not the workdir of a run; choose another")
+    if newest_step(workdir) is None:
         return
+    if not saved.exists():
+        raise InputError(f"--workdir: {workdir} holds checkpoints but no config.json; choose another")
     changed = configuration.changed_fields(json.loads(saved.read_text()), config)
     if changed:
         raise InputError(

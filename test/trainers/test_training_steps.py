@@ -1,0 +1,149 @@
+"""training_steps.py: a step is a pure function of (state, batch); the noise of a frame is its own."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meanflow_audio_codec.configuration import load_config, override_from_flags
+from meanflow_audio_codec.models.codec import CodecModel
+from meanflow_audio_codec.models.train_state import TrainState
+from meanflow_audio_codec.preprocessing import scaling
+from meanflow_audio_codec.preprocessing.tokenizers import MdctTokenizer
+from meanflow_audio_codec.trainers import flow, training_steps
+from meanflow_audio_codec.trainers.objectives import OBJECTIVES
+from meanflow_audio_codec.trainers.optimizers import make_optimizer
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "meanflow_mdct.py"
+TINY = (
+    *("tokens.hop_length=8", "tokens.group=1", "input.num_tokens=8", "input.batch_size=4"),
+    *("model.variant=mu", "model.latent_dim=4", "optimizer.lr=0.01", "optimizer.warmup_steps=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = load_config(f"{CONFIG}:runlocal")
+    return override_from_flags(config, [f"--config.{flag}" for flag in TINY])
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """(train_step, predict_fns, the state at step 0, a batch, tokenizer), compiled once, in a hurry."""
+    tokenizer = MdctTokenizer(hop_length=8, group=1)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    model = CodecModel(features=8, **config.model)
+    tx, _ = make_optimizer(config, 100, None)
+    init = lambda rng: TrainState.create(model.init(rng, jnp.zeros((1, 8, 8)))["params"], tx, jnp.ones(8))
+    state = jax.jit(init)(jax.random.key(0))
+    batch = {"audio": 0.1 * jax.random.normal(jax.random.key(1), (4, tokenizer.segment_samples(8), 1))}
+    predict_fns = training_steps.make_predict_fns(model, tokenizer, config)
+    yield training_steps.make_train_step(model, tokenizer, tx, config), predict_fns, state, batch, tokenizer
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def first(run):
+    """State and metrics after one step. The step may consume its state, so it gets a copy."""
+    train_step, _, state, batch, _ = run
+    return jax.device_get(train_step(copy(state), batch))
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_same_step_twice_is_the_same(run, first):
+    train_step, _, state, batch, _ = run
+    assert_trees_equal(jax.device_get(train_step(copy(state), batch)), first)
+
+
+def test_successive_steps_draw_different_noise(run, first):
+    """The same parameters and batch at steps 0, 1, 2: only the randomness differs, and so do the errors."""
+    train_step, _, state, batch, _ = run
+    metrics = [first[1]]
+    for step in (1, 2):
+        metrics.append(train_step(copy(state).replace(step=jnp.int32(step)), batch)[1])
+    for name in ("v_mse", "u_mse"):
+        assert len({float(row[name]) for row in metrics}) == 3
+    assert len({float(row["code_bits"]) for row in metrics}) == 1  # the code draws nothing
+
+
+def test_a_step_updates_everything_once(run, first, config):
+    _, _, state, _, _ = run
+    after, metrics = first
+    assert after.step == 1
+    np.testing.assert_array_equal(after.scale, state.scale)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.params, state.params)
+    assert max(jax.tree.leaves(moved)) == 0  # the schedule starts at a rate of 0
+    assert metrics["update_norm"] == 0 and metrics["grad_norm"] > 0
+    assert {"loss", "v_mse", "u_mse", "code_perplexity", "code_bits", "grad_norm", "param_norm"} <= set(metrics)
+
+
+def test_average_follows_the_parameters(run, first):
+    """After the second step it is 2/11 of the old and 9/11 of the new parameters."""
+    train_step, _, _, batch, _ = run
+    one, _ = first
+    two, metrics = train_step(copy(one), batch)
+    assert metrics["update_norm"] > 0
+    expected = jax.tree.map(lambda old, new: old * 2 / 11 + new * 9 / 11, one.ema_params, two.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), two.ema_params, expected)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (one.ema_params, two.ema_params)), strict=True))
+
+
+def test_untrained_model_reconstructs_silence(run):
+    """One step from noise by a zero head lands on x_hat = 0, whose error is the power of x."""
+    _, predict_fns, state, batch, tokenizer = run
+    decoded, mse = predict_fns["reconstruct"](state, batch["audio"], jax.random.key(0), 1)
+    assert decoded.shape == batch["audio"].shape
+    np.testing.assert_allclose(decoded, 0, atol=1e-9)
+    x = scaling.compand(tokenizer.tokenize(batch["audio"]), 0.5, 1e-4)
+    np.testing.assert_allclose(mse, jnp.mean(x**2, axis=(1, 2)), rtol=1e-5)
+
+
+# --- tokens and noise
+
+
+def test_scale_gives_unit_power_in_every_band(config):
+    """On the audio that it was measured on, whatever its spectrum; and the path back is exact."""
+    tokenizer = MdctTokenizer(hop_length=64, group=2)
+    white = np.random.default_rng(0).normal(0, 0.05, (2, tokenizer.segment_samples(16), 1))
+    audio = jnp.asarray(np.cumsum(white, axis=1), jnp.float32)  # brown: 40 dB from band to band
+    bands, (exponent, eps) = tokenizer.bands(1, 24_000), (config.tokens.exponent, config.tokens.eps)
+    scale = scaling.band_scale(scaling.compand(tokenizer.tokenize(audio), exponent, eps), bands)
+    assert scale.max() > 3 * scale.min()
+    x = training_steps.to_tokens(audio, scale, tokenizer, config)
+    power = np.mean(np.square(x), axis=(0, 1))
+    rms = [np.sqrt(power[bands == band].mean()) for band in np.unique(bands)]
+    np.testing.assert_allclose(rms, 1, rtol=1e-4)
+    tokens = scaling.denormalize(x, scale, exponent, eps)
+    np.testing.assert_allclose(tokenizer.detokenize(tokens, *audio.shape[1:]), audio, atol=1e-4)
+
+
+def test_noise_of_a_frame_depends_on_key_and_index_alone():
+    noise = lambda seed, frames: training_steps.frame_noise(jax.random.key(seed), frames, 8)
+    eight = noise(0, 8)
+    np.testing.assert_array_equal(noise(0, 4), eight[:4])
+    assert np.any(noise(1, 8) != eight)
+    assert len({float(frame[0]) for frame in eight}) == 8
+
+
+def test_noise_of_frames_is_standard_normal():
+    noise = training_steps.frame_noise(jax.random.key(0), 2000, 8)
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.03)
+    correlation = np.corrcoef(np.concatenate([noise[:-1], noise[1:]], axis=1).T)  # with the next frame's
+    np.testing.assert_allclose(correlation, np.eye(16), atol=0.12)
+
+
+def test_every_objective_has_its_sampler():
+    assert set(training_steps.SAMPLERS) == set(OBJECTIVES)
+    assert training_steps.SAMPLERS["autoencoder"] == (flow.flow_map_sample, 0.0)
+    assert training_steps.SAMPLERS["flow_matching"][0] is flow.euler_sample
