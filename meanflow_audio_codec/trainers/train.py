@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from meanflow_audio_codec import configuration
 from meanflow_audio_codec.datasets import audio as audio_files
@@ -121,6 +122,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
         ############################################ Loop
         progress = stack.enter_context(contextlib.closing(Progress(first_step, total_steps, batch_size)))
+        stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
         for step in range(first_step + 1, total_steps + 1):
             batch = {"audio": jax.make_array_from_process_local_data(batched, next(data)["audio"])}
             state, metrics = train_step(state, batch)

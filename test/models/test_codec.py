@@ -124,10 +124,9 @@ def test_backbones_differ_by_their_taps_alone():
 # --- at the start
 
 
-@pytest.mark.parametrize("backbone", codec.BACKBONES)
-def test_untrained_model_decodes_to_silence(backbone):
+def test_untrained_model_decodes_to_silence():
     """The head is zero: x_hat = 0 for output "x", so u = z / clip(t, 0.05, 1) and one step from noise gives 0."""
-    model, z = tiny(backbone=backbone), normal((3, FRAMES, FEATURES))
+    model, z = tiny(), normal((3, FRAMES, FEATURES))
     t, r = times(1.0, 0.3, 0.02), times(0.0, 0.3, 0.01)
     cond = normal((3, FRAMES, 16), seed=1)
 
@@ -135,7 +134,7 @@ def test_untrained_model_decodes_to_silence(backbone):
     def init_and_flow(rng):
         params = model.init(rng, z, t, r, cond, method="flow")
         flow = lambda model: model.apply(params, z, t, r, cond, method="flow")
-        return flow(model), flow(tiny(backbone=backbone, output="u"))
+        return flow(model), flow(tiny(output="u"))
 
     u, raw = init_and_flow(jax.random.key(0))
     np.testing.assert_allclose(u, z / np.maximum(t, 0.05)[:, None, None], rtol=1e-6)
@@ -276,5 +275,5 @@ def test_gradients_pass_the_quantizer_to_every_parameter():
         cond, _ = model.apply({"params": params}, x, method="condition")
         return jnp.sum(model.apply({"params": params}, x, t, r, cond, method="flow") ** 2)
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(gradient(params))):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
