@@ -37,20 +37,25 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def load_config(spec: str, folder: pathlib.Path = pathlib.Path()) -> ConfigDict:
-    """Load `PATH` or `PATH.py:ARGUMENTS`, relative to `folder`, as a locked config.
+def load_config(spec: str, heirs: tuple[pathlib.Path, ...] = ()) -> ConfigDict:
+    """Load `PATH` or `PATH.py:ARGUMENTS` as a locked config. `heirs` are the files that name it as their base, relative
+    to the last of which PATH is.
 
     Raises:
         InputError: no such file, a file that is not a config, an unknown or mistyped key in it.
     """
     path, is_python, arg = spec.partition(".py:")
-    file = folder / pathlib.Path(path + ".py" if is_python else path).expanduser()
+    file = (heirs[-1].parent if heirs else pathlib.Path()) / pathlib.Path(
+        path + ".py" if is_python else path
+    ).expanduser()
+    if file in heirs:
+        raise InputError(f"--config: {file} is its own base; name another")
     if not file.is_file():
         raise InputError(f"--config: no file {file}; give a .py, .json or .yaml config")
     if file.suffix == ".py":
         config = _load_python(file, arg)
     elif file.suffix in (".json", ".yaml", ".yml"):
-        config = _load_data(file)
+        config = _load_data(file, heirs)
     else:
         raise InputError(f"--config: {file} must end in .py, .json or .yaml")
     return config.lock()
@@ -67,6 +72,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         key, given, text = item.partition("=")
         if key not in defaults:
             raise InputError(f"config argument {key!r} is unknown{near_match(key, defaults)}")
+        if not given and not isinstance(defaults[key], bool):
+            raise InputError(f"config argument {key} needs a value: {key}=...")
         values[key] = _parse_value(key, text if given else "true", type(defaults[key]))
     return values
 
@@ -115,7 +122,8 @@ def _new_unit(config: ConfigDict, name: str, arguments: list[str], match: str) -
     for part in parents:
         owner = owner.get(part) if isinstance(owner, ConfigDict) else None
     stem, _, unit = key.rpartition("_")
-    others = [f"{stem}_{u}" for u in UNITS if f"{stem}_{u}" in (owner or ())]
+    keys = owner.keys() if isinstance(owner, ConfigDict) else ()
+    others = [f"{stem}_{u}" for u in UNITS if f"{stem}_{u}" in keys]
     if unit not in UNITS or not others:
         raise InputError(f"--config.{name}: no such config field{match}")
     for other in others:
@@ -129,20 +137,25 @@ def _load_python(file: pathlib.Path, arg: str) -> ConfigDict:
     module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"--config: {file} has no function get_config(arg)")
     return module.get_config(arg or None)
 
 
-def _load_data(file: pathlib.Path) -> ConfigDict:
+def _load_data(file: pathlib.Path, heirs: tuple[pathlib.Path, ...]) -> ConfigDict:
     try:
-        values = yaml.load(file.read_text(), _YamlLoader)  # JSON is a part of YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = file.read_text()
+        values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _YamlLoader)
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--config: {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config: {file} holds no mapping of fields")
     base = values.pop("base", None)
     if base is None:
         return ConfigDict(_leaf(values))
-    config = load_config(base, file.parent).unlock()
+    if not isinstance(base, str):
+        raise InputError(f"--config: {file} has base {base!r}; give the path of a config")
+    config = load_config(base, (*heirs, file)).unlock()
     _override(config, values, str(file))
     return config
 
@@ -150,23 +163,27 @@ def _load_data(file: pathlib.Path) -> ConfigDict:
 def _override(config: ConfigDict, values: dict[str, Any], source: str, prefix: str = "") -> None:
     """Set `values` in `config`, refusing unknown keys and other types; a duration may change its unit."""
     for key, value in values.items():
-        name = prefix + key
-        stem, _, unit = key.rpartition("_")
-        if key not in config and unit in UNITS and any(f"{stem}_{u}" in config for u in UNITS):
-            for other in UNITS:
-                if f"{stem}_{other}" in config and f"{stem}_{other}" not in values:
-                    del config[f"{stem}_{other}"]
-            config[key] = value
-        elif key not in config:
+        key = str(key)
+        name, (stem, _, unit) = prefix + key, key.rpartition("_")
+        others = [f"{stem}_{u}" for u in UNITS if unit in UNITS and f"{stem}_{u}" in config]
+        if key not in config and others:
+            for other in others:
+                if other not in values:
+                    del config[other]
+            config[key] = 0.0
+        if key not in config:
             raise InputError(f"{source}: no config field {name}{near_match(key, config.keys())}")
-        elif isinstance(config[key], ConfigDict) and isinstance(value, dict):
+        if isinstance(config[key], ConfigDict) and isinstance(value, dict):
             _override(config[key], value, source, name + ".")
-        else:
-            try:
-                config[key] = placeholder(type(config[key])) if value is None else _leaf(value)
-            except TypeError:
-                wanted = type(config[key]).__name__
-                raise InputError(f"{source}: {name} is {value!r}; give a value of type {wanted}") from None
+            continue
+        try:
+            if value is not None:
+                config[key] = _leaf(value)
+            elif config[key] is not None:
+                config[key] = placeholder(type(config[key]))
+        except TypeError:
+            wanted = type(config[key]).__name__
+            raise InputError(f"{source}: {name} is {value!r}; give a value of type {wanted}") from None
 
 
 def _leaf(value: Any) -> Any:

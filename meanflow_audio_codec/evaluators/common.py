@@ -5,6 +5,7 @@ decode goes to `workdir/samples/<step>/`.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,5 +35,9 @@ def from_config(evals: ConfigDict, context: Context) -> Iterator[tuple[ConfigDic
         if spec.type not in TYPES:
             raise InputError(f"evals.{name}.type is {spec.type!r}; choose one of {', '.join(TYPES)}")
         module = importlib.import_module(f"meanflow_audio_codec.evaluators.{spec.type}")
-        schedule = ("type", "first_", "every_")
-        yield spec, module.Evaluator(context, **{k: v for k, v in spec.items() if not k.startswith(schedule)})
+        arguments = {k: v for k, v in spec.items() if not k.startswith(("type", "first_", "every_"))}
+        try:
+            inspect.signature(module.Evaluator).bind(context, **arguments)
+        except TypeError as error:
+            raise InputError(f"evals.{name}: {error} for type {spec.type}") from None
+        yield spec, module.Evaluator(context, **arguments)

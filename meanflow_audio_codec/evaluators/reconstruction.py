@@ -58,7 +58,8 @@ class Evaluator:
 def _newest_mse(workdir: str) -> float:
     path = epath.Path(workdir).expanduser() / "metrics.jsonl"
     key = "reconstruction/x_mse_nfe1"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a running one may be writing its last
     values = [row[key] for row in rows if key in row]
     if not values:
         raise InputError(f"evals.reconstruction.autoencoder: {path} holds no {key}; give an autoencoder's workdir")

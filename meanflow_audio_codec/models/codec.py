@@ -39,7 +39,7 @@ class Encoder(nn.Module):
     depth: int
     downsample: int
     latent_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l f"]) -> Float[Array, "b m k"]:
@@ -59,7 +59,7 @@ class Upsampler(nn.Module):
     width: int
     depth: int
     upsample: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:

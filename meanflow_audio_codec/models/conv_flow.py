@@ -17,7 +17,7 @@ class ConvFlow(nn.Module):
     depth: int
     kernel_size: int = 7
     time_scale: float = 1.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(

@@ -71,7 +71,7 @@ class Block(nn.Module):
     """
 
     kernel_size: int = 7
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, y: Float[Array, "b l d"], film: Float[Array, "b l w"] | None = None) -> Float[Array, "b l d"]:

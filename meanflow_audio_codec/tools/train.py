@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="a .py config with :arguments, or a .json or .yaml one")
     parser.add_argument("--workdir", required=True, help="folder for everything that the run makes")
     arguments, overrides = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails there is raised here
     logging.getLogger("meanflow_audio_codec").setLevel(logging.INFO)
     try:
