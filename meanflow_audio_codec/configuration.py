@@ -160,7 +160,7 @@ def _load_data(file: pathlib.Path, heirs: tuple[pathlib.Path, ...]) -> ConfigDic
     return config
 
 
-def _override(config: ConfigDict, values: dict[str, Any], source: str, prefix: str = "") -> None:
+def _override(config: ConfigDict, values: dict[Any, Any], source: str, prefix: str = "") -> None:
     """Set `values` in `config`, refusing unknown keys and other types; a duration may change its unit."""
     for key, value in values.items():
         key = str(key)

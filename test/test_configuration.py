@@ -88,7 +88,7 @@ def test_no_arguments_are_the_defaults(arg):
         ("zzz=3", ("'zzz' is unknown", "known: rate, runlocal, size")),
         ("size=big", ("size=big", "type int")),
         ("size=1.5", ("size=1.5", "type int")),
-        ("size", ("size", "type int")),
+        ("size", ("size needs a value",)),
         ("rate=fast", ("rate=fast", "type float")),
         ("runlocal=yes", ("runlocal=yes", "true or false")),
         ("runlocal=", ("runlocal=", "true or false")),
