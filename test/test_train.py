@@ -143,7 +143,7 @@ def stepping(workdir):
 def test_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    moments = [stepping, saving, evaluating] * 3 + [stepping, saving]
+    moments = [stepping, saving, evaluating] * 4
     kills = 0
     for moment in moments:
         process = subprocess.Popen(

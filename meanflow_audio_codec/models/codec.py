@@ -26,9 +26,9 @@ BACKBONES = {"conv": ConvFlow, "mlp": MlpFlow}
 # Width, blocks of the decoder, blocks of encoder and upsampler each; parameters with 256 features and 64 latents.
 VARIANTS = {
     "mu": dict(width=32, depth=1, side_depth=1),  #  for tests
-    "Ti": dict(width=128, depth=4, side_depth=2),  #  1.40 M
-    "S": dict(width=256, depth=6, side_depth=3),  #  7.25 M
-    "B": dict(width=512, depth=12, side_depth=4),  # 45.2 M
+    "Ti": dict(width=128, depth=4, side_depth=2),  #  1.58 M
+    "S": dict(width=256, depth=6, side_depth=3),  #  7.47 M
+    "B": dict(width=512, depth=12, side_depth=4),  # 45.4 M
 }
 
 
@@ -43,7 +43,8 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l f"]) -> Float[Array, "b m k"]:
-        y = nn.Dense(self.width)(x)
+        # Not linear, so that a width below the features still sees the level of every bin.
+        y = nn.Dense(self.width)(nn.gelu(nn.Dense(2 * x.shape[-1], dtype=self.dtype)(x)))
         for _ in range(self.depth // 2):
             y = layers.Block(dtype=self.dtype)(y)
         b, l, d = y.shape

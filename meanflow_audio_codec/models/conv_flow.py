@@ -31,4 +31,4 @@ class ConvFlow(nn.Module):
         y = nn.Dense(self.width)(z) + nn.Dense(self.width, use_bias=False)(cond)
         for _ in range(self.depth):
             y = layers.Block(self.kernel_size, self.dtype)(y, film)
-        return layers.Head(z.shape[-1])(y, film)
+        return layers.Head(z.shape[-1])(y, film, z)

@@ -89,12 +89,19 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, modulate and project to the tokens' features; zero at initialisation and always float32."""
+    """Norm, modulate and project to the tokens' features, and let z through: W y + gain * z. Zero at first, float32.
+
+    The gain of each feature and frame follows the conditioning. Without it a net narrower than its tokens can only move
+    in a subspace of them (the lowest bins, in practice), and what is noise in x would have to be made anew from z.
+    """
 
     features: int
 
     @nn.compact
-    def __call__(self, y: Float[Array, "b l d"], film: Float[Array, "b l w"]) -> Float[Array, "b l f"]:
+    def __call__(
+        self, y: Float[Array, "b l d"], film: Float[Array, "b l w"], z: Float[Array, "b l f"]
+    ) -> Float[Array, "b l f"]:
         scale, shift = modulation(film, y.shape[-1], 2)
+        (gain,) = modulation(film, self.features, 1)
         y = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False)(y) * (1 + scale) + shift
-        return nn.Dense(self.features, kernel_init=nn.initializers.zeros)(y)
+        return nn.Dense(self.features, kernel_init=nn.initializers.zeros)(y) + gain * z
