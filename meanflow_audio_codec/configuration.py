@@ -2,7 +2,7 @@
 
     configs/meanflow_mdct.py:objective=autoencoder,runlocal     get_config("objective=autoencoder,runlocal")
     workdir/config.json                                         a finished run's
-    mine.yaml: {base: configs/meanflow_mdct.py, optimizer: {lr: 1.e-4}}   the base, overridden; the path is the file's
+    mine.yaml: {base: configs/meanflow_mdct.py, optimizer: {lr: 1e-4}}    the base, overridden; its path is from there
 
 A leaf that is None is one that the user must still give.
 """
@@ -38,16 +38,17 @@ _YamlLoader.add_implicit_resolver(
 
 
 def load_config(spec: str, heirs: tuple[pathlib.Path, ...] = ()) -> ConfigDict:
-    """Load `PATH` or `PATH.py:ARGUMENTS` as a locked config. `heirs` are the files that name it as their base, relative
-    to the last of which PATH is.
+    """Load `PATH` or `PATH.py:ARGUMENTS` as a locked config.
+
+    `heirs` are the files whose base it is; PATH is relative to the last of them.
 
     Raises:
         InputError: no such file, a file that is not a config, an unknown or mistyped key in it.
     """
     path, is_python, arg = spec.partition(".py:")
-    file = (heirs[-1].parent if heirs else pathlib.Path()) / pathlib.Path(
-        path + ".py" if is_python else path
-    ).expanduser()
+    file = pathlib.Path(path + ".py" if is_python else path).expanduser()
+    if heirs:
+        file = heirs[-1].parent / file
     if file in heirs:
         raise InputError(f"--config: {file} is its own base; name another")
     if not file.is_file():

@@ -198,8 +198,8 @@ def _find_files(config: ConfigDict, workdir: epath.Path) -> dict[str, list | Non
 def _training_data(config: ConfigDict, tokenizer: Any, files: list | None, seed: int) -> tuple[Any, int | None]:
     """Return the stream of training batches, and the steps of an epoch (None for synthetic music)."""
     spec = config.input
-    if spec.num_tokens % config.model.downsample:
-        raise InputError(f"input.num_tokens={spec.num_tokens} is not a multiple of model.downsample")
+    if spec.num_tokens < 1 or spec.num_tokens % max(1, config.model.downsample):
+        raise InputError(f"input.num_tokens={spec.num_tokens} is not a positive multiple of model.downsample")
     segment_samples = tokenizer.segment_samples(spec.num_tokens)
     loader = pipeline.build_audio_pipeline(
         files=files,
