@@ -189,6 +189,29 @@ def test_trains_on_a_folder_of_mixed_audio(tmp_path):
     assert read(tmp_path / "run")[-1]["step"] == 4
 
 
+def test_a_run_keeps_to_its_files_and_names_those_that_vanish(tmp_path):
+    folder, workdir = tmp_path / "music", tmp_path / "run"
+    folder.mkdir()
+    for i in range(6):
+        write_noise(folder / f"{i}.wav")
+    arg = f"runlocal,data_dir={folder},cache_dir={tmp_path / 'cache'}"
+    main(command(workdir, arg, **{"total_steps": 3}))
+    shutil.copytree(workdir, tmp_path / "undisturbed")
+    main(command(tmp_path / "undisturbed", arg, **{"total_steps": 6}))
+    write_noise(folder / "0_new.wav")
+    shutil.rmtree(tmp_path / "cache")
+    shutil.copytree(workdir, tmp_path / "again")
+    main(command(tmp_path / "again", arg, **{"total_steps": 6}))
+    assert (tmp_path / "again/metrics.jsonl").read_bytes() == (tmp_path / "undisturbed/metrics.jsonl").read_bytes()
+    listed = [row["name"] for row in read(workdir, "files") if row["part"] == "train"]
+    (folder / listed[0]).unlink()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with pytest.raises(SystemExit) as stopped:
+        main(command(workdir, arg, **{"total_steps": 6}))
+    assert f"1 of the run's 6 files: {listed[0]} is gone; put them back" in stopped.value.code
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
 def test_other_devices_other_threads_same_losses(finished, tmp_path):
     """Eight devices sum in another order, so equality is up to float32 rounding, amplified over 12 steps."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

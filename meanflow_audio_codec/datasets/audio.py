@@ -10,19 +10,21 @@ start) alone, or training would not resume exactly, and with open handles that t
   went to frame 0 first equals a fresh one. Within the last page both may start up to one block
   off, the same every time.
 - MP3: the decoder's rounding depends on how many frames the handle has decoded, so each read opens
-  the file, which costs about 2 ms for each minute of it. Hour-long MP3s are better turned to FLAC.
+  the file, which costs about 2 ms for each minute of it. The remedy is `decoded_cache`.
+
+A file that is not what the scan found is never read: its size and modification time are compared
+before every read, which costs a microsecond or two.
 
 Resampling is `soxr`, quality HQ (linear phase, 20 bits).
 """
 
 import collections
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import os
 import threading
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 
@@ -30,12 +32,16 @@ import numpy as np
 import soundfile
 import soxr
 from jaxtyping import Float
+from tqdm import tqdm
 
+from meanflow_audio_codec.datasets.measure import bandwidth
 from meanflow_audio_codec.errors import InputError
+
+log = logging.getLogger(__name__)
 
 FORMATS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 _TAIL_FRAMES = 64
-_MAX_HANDLES = 32  # for each thread
+_MAX_HANDLES = 128  # of the process; macOS allows 256 open files
 # Half the length of soxr's HQ filter is about 100 samples at the lower of the two rates.
 _FILTER_SAMPLES = 128
 
@@ -52,6 +58,7 @@ class AudioFile:
         size: Bytes.
         mtime_ns: Modification time, ns.
         name: Path below the scanned folder with forward slashes: the same wherever the folder lies.
+        bandwidth: Hz, as `measure.bandwidth` finds it; None where the scan was not asked for it.
     """
 
     path: str
@@ -61,6 +68,7 @@ class AudioFile:
     size: int
     mtime_ns: int
     name: str
+    bandwidth: float | None = None
 
     @property
     def duration(self) -> float:
@@ -70,24 +78,26 @@ class AudioFile:
 
 def scan_folder(
     data_dir: str | os.PathLike,
-    manifest: str | os.PathLike | None = None,
     *,
+    known: Mapping[str, AudioFile] | None = None,
     bad_files: str = "error",
+    measure_bandwidth: bool = False,
 ) -> list[AudioFile]:
     """List the audio files below a folder, after decoding the head and the last frames of each.
 
     Args:
         data_dir: Folder, searched with its subfolders (links followed) for `FORMATS`.
             Names that begin with a dot are left out.
-        manifest: JSON-lines file that remembers the scan: a file whose path, size and modification
-            time agree is not opened again. It need not exist; `write_manifest` makes it.
+        known: Files of an earlier scan by name: those whose size and modification time agree are
+            not opened again.
         bad_files: "error", or "skip" to leave out, with a warning, the files that do not decode.
+        measure_bandwidth: Also fill in `AudioFile.bandwidth`, at about 15 ms a file.
 
     Returns:
         The files, sorted by `name`.
 
     Raises:
-        InputError: No such folder, no audio in it, files that do not decode, or a damaged manifest.
+        InputError: No such folder, no audio in it, or files that do not decode.
     """
     if bad_files not in ("error", "skip"):
         raise InputError(f"input.bad_files={bad_files!r}: choose 'error' or 'skip'")
@@ -96,10 +106,10 @@ def scan_folder(
         raise InputError(
             f"input.data_dir or input.valid_dir: {data_dir} is not a folder; name one with {', '.join(FORMATS)} files"
         )
-    found = _find(root)
-    known = {} if manifest is None else _read_manifest(Path(manifest), root)
+    names, known = find_audio(root), known or {}
+    probe = lambda name: _probe(root, name, known.get(name), measure_bandwidth)
     with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        probed = list(pool.map(lambda name: _probe(root, name, known.get(name)), found))
+        probed = list(tqdm(pool.map(probe, names), f"scan {root.name}", len(names), delay=3, leave=False))
     files = [result for result in probed if isinstance(result, AudioFile)]
     _report_bad([result for result in probed if isinstance(result, str)], root, bad_files)
     if not files:
@@ -109,16 +119,19 @@ def scan_folder(
     return files
 
 
-def write_manifest(manifest: str | os.PathLike, files: list[AudioFile]) -> None:
-    """Remember a scan in `manifest`, a JSON-lines file, atomically."""
-    manifest = Path(manifest)
-    entries = [dataclasses.asdict(file) for file in files]
-    for entry in entries:
-        del entry["path"]  # the folder may move; names stay
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    partial = manifest.with_name(f"{manifest.name}.{os.getpid()}.tmp")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    os.replace(partial, manifest)
+def difference(file: AudioFile) -> str | None:
+    """Return how the file on disk differs from the scanned one ("is gone", "has changed"), None where it does not."""
+    try:
+        stat = os.stat(file.path)
+    except OSError as error:
+        return "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return None if (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns) else "has changed"
+
+
+def check_unchanged(file: AudioFile) -> None:
+    """Raise InputError if the file on disk is not the scanned one."""
+    if changed := difference(file):
+        raise InputError(f"{file.path} {changed} since it was scanned: put it back")
 
 
 def read_crop(file: AudioFile, start: int, frames: int) -> Float[np.ndarray, "s c"]:
@@ -127,18 +140,22 @@ def read_crop(file: AudioFile, start: int, frames: int) -> Float[np.ndarray, "s 
     Raises:
         InputError: The file cannot be read there, ends early or holds values that are not finite.
     """
+    check_unchanged(file)
     where = f"{file.path}: frames {start} to {start + frames} of {file.frames}"
     try:
-        handle = _handle(file)
-        handle.seek(0)  # see the module's docstring; nothing is read
+        handle = _handles.take(file)
+        if handle.format == "OGG":
+            handle.seek(0)  # see the module's docstring; nothing is read
         handle.seek(start)
         audio = handle.read(frames, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise InputError(f"{where} do not decode ({error}): replace or remove the file") from error
+        raise InputError(f"{where} do not decode ({error}): replace the file") from error
     if len(audio) < frames:
-        raise InputError(f"{where}: only {len(audio)} came, so it changed or is damaged: scan again or remove it")
+        raise InputError(f"{where}: only {len(audio)} came, so it is damaged: replace the file")
     if not np.isfinite(audio).all():
-        raise InputError(f"{where} hold values that are not finite: replace or remove the file")
+        raise InputError(f"{where} hold values that are not finite: replace the file")
+    if handle.format != "MP3":
+        _handles.give_back(file, handle)
     return audio
 
 
@@ -187,33 +204,8 @@ def check_channels(file: AudioFile, channels: int) -> None:
         )
 
 
-def split_files(files: list[AudioFile], valid_fraction: float) -> tuple[list[AudioFile], list[AudioFile]]:
-    """Split into training and validation files by the SHA-256 of their names.
-
-    Names decide, neither order nor place nor a seed, so every process and every rerun agrees. Two
-    files or more give at least one to each side; a single file serves, with a warning, as both.
-
-    Args:
-        files: Scanned files.
-        valid_fraction: Share of the files, in [0, 1).
-
-    Returns:
-        Training files and validation files, each in the order given.
-    """
-    if not 0.0 <= valid_fraction < 1.0:
-        raise InputError(f"input.valid_fraction={valid_fraction}: choose a share from 0 to below 1")
-    if len(files) == 1:
-        logging.warning("%s is the only file: it serves training and validation", files[0].path)
-        return list(files), list(files)
-    count = min(max(1, round(valid_fraction * len(files))), len(files) - 1)
-    ranked = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
-    chosen = {file.name for file in ranked[:count]}
-    train = [file for file in files if file.name not in chosen]
-    return train, [file for file in files if file.name in chosen]
-
-
-def _find(root: Path) -> list[str]:
-    """Names of the candidates below root, sorted; a folder linked into itself is visited once."""
+def find_audio(root: Path) -> list[str]:
+    """Return the names below root that end as audio does, sorted; a folder linked into itself is visited once."""
     names, visited = [], set()
     for folder, subfolders, entries in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -229,23 +221,35 @@ def _find(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _probe(root: Path, name: str, known: AudioFile | None) -> AudioFile | str:
+def _probe(root: Path, name: str, known: AudioFile | None, measure_bandwidth: bool) -> AudioFile | str:
     """The file's properties, or why it does not decode; a truncated FLAC fails only at its tail."""
-    path = root / name
-    stat = path.stat()
-    if known is not None and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-        return known
+    file = known and dataclasses.replace(known, path=str(root / name))
+    if file is None or difference(file):
+        file = _open(root / name, name)
+    if measure_bandwidth and isinstance(file, AudioFile) and file.bandwidth is None:
+        file = dataclasses.replace(file, bandwidth=bandwidth(file.path))
+    return file
+
+
+def _open(path: Path, name: str) -> AudioFile | str:
     try:
+        stat = path.stat()
         with soundfile.SoundFile(path) as handle:
-            frames = handle.frames
-            handle.seek(max(0, frames - _TAIL_FRAMES))
-            tail = handle.read(_TAIL_FRAMES, dtype="float32", always_2d=True)
-            rate, channels = handle.samplerate, handle.channels
+            rate, channels, frames = handle.samplerate, handle.channels, handle.frames
+            # An MP3 without a Xing header has its length guessed from its size, up to 0.1 s too long.
+            spare = rate // 5 if handle.format == "MP3" else 0
+            start = max(0, frames - spare - _TAIL_FRAMES)
+            handle.seek(start)
+            decoded = start + len(handle.read(spare + _TAIL_FRAMES, dtype="float32", always_2d=True))
     except soundfile.SoundFileError as error:
         return f"{name} ({getattr(error, 'error_string', error)})"
-    if len(tail) == 0 or len(tail) != min(frames, _TAIL_FRAMES):
+    except OSError as error:  # a dangling link, no permission
+        return f"{name} ({error.strerror})"
+    except UnicodeEncodeError:
+        return f"{name!a} (its name is not UTF-8)"
+    if decoded == start or decoded < frames - spare:
         return f"{name} (no audio at its end)"
-    return AudioFile(str(path), rate, channels, frames, stat.st_size, stat.st_mtime_ns, name)
+    return AudioFile(str(path), rate, channels, decoded, stat.st_size, stat.st_mtime_ns, name)
 
 
 def _report_bad(bad: list[str], root: Path, bad_files: str) -> None:
@@ -255,40 +259,29 @@ def _report_bad(bad: list[str], root: Path, bad_files: str) -> None:
     message = f"{len(bad)} of the files in {root} do not decode: {', '.join(bad[:5])}{more}"
     if bad_files == "error":
         raise InputError(f"{message}; remove them or set input.bad_files=skip")
-    logging.warning("%s; left out", message)
+    log.warning("%s; left out", message)
 
 
-def _read_manifest(manifest: Path, root: Path) -> dict[str, AudioFile]:
-    if not manifest.exists():
-        return {}
-    try:
-        entries = [json.loads(line) for line in manifest.read_text().splitlines()]
-        return {entry["name"]: AudioFile(path=str(root / entry["name"]), **entry) for entry in entries}
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{manifest} is no manifest of audio files ({error}): delete it") from error
-
-
-class _Handles(threading.local):
-    """Open files of one thread, least recently used first."""
+class _Handles:
+    """Idle open files, least recently used first. A thread takes one out while it reads from it."""
 
     def __init__(self):
-        self.opened = collections.OrderedDict()
+        self._idle = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, file: AudioFile) -> soundfile.SoundFile:
+        with self._lock:
+            handle = self._idle.pop(file, None)
+        return soundfile.SoundFile(file.path) if handle is None else handle
+
+    def give_back(self, file: AudioFile, handle: soundfile.SoundFile) -> None:
+        with self._lock:
+            self._idle[file] = handle
+            if len(self._idle) > _MAX_HANDLES:
+                self._idle.popitem(last=False)  # closed with its last reference
 
 
 _handles = _Handles()
-
-
-def _handle(file: AudioFile) -> soundfile.SoundFile:
-    opened = _handles.opened
-    if file in opened:
-        opened.move_to_end(file)
-        return opened[file]
-    handle = soundfile.SoundFile(file.path)
-    if handle.format != "MP3":  # see the module's docstring; closed with its last reference
-        opened[file] = handle
-        if len(opened) > _MAX_HANDLES:
-            opened.popitem(last=False)[1].close()
-    return handle
 
 
 def _read_padded(file: AudioFile, start: int, stop: int) -> Float[np.ndarray, "s c"]:

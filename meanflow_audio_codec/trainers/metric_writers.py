@@ -46,10 +46,9 @@ class MetricWriter:
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
-    def write_timing(self, step: int, steps_per_s: float, examples_per_s: float) -> None:
+    def write_timing(self, step: int, speed: dict[str, float]) -> None:
         """Append the wall clock (seconds since 1970) and the speed at `step`."""
-        timing = {"step": step, "time": time.time(), "steps_per_s": steps_per_s, "examples_per_s": examples_per_s}
-        self._append("timings", timing)
+        self._append("timings", {"step": step, "time": time.time(), **speed})
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with self._files[name].open("a") as file:
@@ -77,7 +76,7 @@ class Progress:
 
     def __init__(self, first_step: int, total_steps: int, batch_size: int):
         self._batch_size, self._total = batch_size, total_steps
-        self._step, self._time = first_step, None
+        self._step, self._time, self._waited = first_step, None, 0.0
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -85,15 +84,23 @@ class Progress:
     def advance(self) -> None:
         """Count one step. The clock starts after the first, which compiles."""
         if self._time is None:
-            self._step, self._time = self._step + 1, time.monotonic()
+            self._step, self._time, self._waited = self._step + 1, time.monotonic(), 0.0
         if self._bar is not None:
             self._bar.update()
 
-    def report(self, step: int, metrics: dict[str, float]) -> tuple[float, float]:
-        """Show the errors and the speed since the last report; return steps/s and examples/s."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Show the errors and the speed since the last report, and return the speed."""
         now = time.monotonic()
-        steps_per_s = (step - self._step) / max(now - self._time, 1e-9)
-        self._step, self._time = step, now
+        seconds = max(now - self._time, 1e-9)
+        steps_per_s, data_wait_percent = (step - self._step) / seconds, 100 * self._waited / seconds
+        self._step, self._time, self._waited = step, now, 0.0
         examples_per_s = steps_per_s * self._batch_size
         shown = {name: metrics[f"train/{name}"] for name in SHOWN if f"train/{name}" in metrics}
         errors = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -105,7 +112,7 @@ class Progress:
                 "step %d/%d  %s  %.2f steps/s  %.0f examples/s  %s left",
                 *(step, self._total, errors, steps_per_s, examples_per_s, datetime.timedelta(seconds=seconds_left)),
             )
-        return steps_per_s, examples_per_s
+        return dict(steps_per_s=steps_per_s, examples_per_s=examples_per_s, data_wait_percent=data_wait_percent)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,8 @@ from ml_collections import ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from meanflow_audio_codec import configuration
-from meanflow_audio_codec.datasets import audio as audio_files
-from meanflow_audio_codec.datasets import pipeline
+from meanflow_audio_codec.datasets import pipeline, run_files
+from meanflow_audio_codec.datasets.run_files import RunFiles
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.evaluators import common as evaluators
 from meanflow_audio_codec.evaluators.report import write_report
@@ -37,6 +38,7 @@ from meanflow_audio_codec.trainers.objectives import OBJECTIVES
 from meanflow_audio_codec.trainers.optimizers import make_optimizer
 
 log = logging.getLogger(__name__)
+FILES = "files.jsonl"  # in the workdir
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -62,8 +64,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     ################################################ Input
     tokenizer = _build("tokens", TOKENIZERS, config.tokens)
-    files = _find_files(config, workdir)
-    loader, steps_per_epoch = _training_data(config, tokenizer, files["train"], config.seed)
+    segment_samples = _segment_samples(config, tokenizer)
+    files = _find_files(config, segment_samples, workdir)
+    loader = _training_data(config, segment_samples, files, config.seed)
+    steps_per_epoch = _steps_per_epoch(config, segment_samples, files)
     total_steps = configuration.duration_steps(config, "total", batch_size, steps_per_epoch, None)
     every = lambda spec, name: configuration.duration_steps(spec, name, batch_size, steps_per_epoch, total_steps)
 
@@ -79,13 +83,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     state = init(jax.random.key(config.seed), jnp.ones(features))
     train_step = training_steps.make_train_step(model, tokenizer, tx, config)
-    segment = (batch_size, tokenizer.segment_samples(config.input.num_tokens), config.input.channels)
+    segment = (batch_size, segment_samples, config.input.channels)
     jax.eval_shape(train_step, state, {"audio": jax.ShapeDtypeStruct(segment, jnp.float32)})  # finds a wrong field
     predict_fns = training_steps.make_predict_fns(model, tokenizer, config)
 
     ################################################ Evaluators
     def clips(num_clips: int, seconds: float) -> tuple[np.ndarray, list[str]]:
-        return _evaluation_clips(config, tokenizer, files["valid"], num_clips, seconds)
+        return _evaluation_clips(config, tokenizer, files, num_clips, seconds)
 
     context = evaluators.Context(predict_fns, clips, config.input.sample_rate, batch_size, workdir)
     evals = [
@@ -101,7 +105,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     elif config.resume:
         state = restore(config.resume, "resume", state, data)
     else:
-        state = state.replace(scale=_measure_scale(config, tokenizer, files["train"]))
+        state = state.replace(scale=_measure_scale(config, tokenizer, segment_samples, files))
         if config.init_from:
             params = restore(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
             state = state.replace(params=params, ema_params=params)
@@ -111,20 +115,21 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     ################################################ Workdir: from here on things are written
     workdir.mkdir(parents=True, exist_ok=True)
     configuration.save(config, workdir / "config.json")
-    for part, found in files.items():
-        if found is not None:
-            audio_files.write_manifest(workdir / f"{part}_files.jsonl", found)
+    if files is not None:
+        run_files.write_record(workdir / FILES, files)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_logging_to(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, first_step)))
-        _announce(config, tokenizer, state, files["train"], first_step, total_steps)
+        _announce(config, tokenizer, state, files, first_step, total_steps)
 
         ############################################ Loop
         progress = stack.enter_context(contextlib.closing(Progress(first_step, total_steps, batch_size)))
         stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
         for step in range(first_step + 1, total_steps + 1):
-            batch = {"audio": jax.make_array_from_process_local_data(batched, next(data)["audio"])}
+            with progress.waiting():
+                audio = next(data)["audio"]
+            batch = {"audio": jax.make_array_from_process_local_data(batched, audio)}
             state, metrics = train_step(state, batch)
             progress.advance()
 
@@ -132,7 +137,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             if step % log_steps == 0 or last:
                 scalars = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
                 writer.write(step, scalars | {"train/lr": float(schedule(step - 1))})
-                writer.write_timing(step, *progress.report(step, scalars))
+                writer.write_timing(step, progress.report(step, scalars))
 
             due = [evaluator for first, steps, evaluator in evals if step == first or step % steps == 0 or last]
             if due:
@@ -180,29 +185,30 @@ def _check_objective(config: ConfigDict) -> None:
             raise InputError(f"evals.{key}.nfe={evaluations}: an autoencoder decodes by one evaluation; set it to (1,)")
 
 
-def _find_files(config: ConfigDict, workdir: epath.Path) -> dict[str, list | None]:
-    """Return the files for "train" and "valid", None for synthetic music. A resumed run opens only changed files."""
-    spec = config.input
-    if not spec.data_dir:
-        return {"train": None, "valid": None}
-    folders = {"train": spec.data_dir} | ({"valid": spec.valid_dir} if spec.valid_dir else {})
-    files = {
-        part: audio_files.scan_folder(folder, workdir / f"{part}_files.jsonl", bad_files=spec.bad_files)
-        for part, folder in folders.items()
-    }
-    if "valid" not in files:
-        files["train"], files["valid"] = audio_files.split_files(files["train"], valid_fraction=0.05)
-    return files
+def _segment_samples(config: ConfigDict, tokenizer: Any) -> int:
+    num_tokens = config.input.num_tokens
+    if num_tokens < 1 or num_tokens % max(1, config.model.downsample):
+        raise InputError(f"input.num_tokens={num_tokens} is not a positive multiple of model.downsample")
+    return tokenizer.segment_samples(num_tokens)
 
 
-def _training_data(config: ConfigDict, tokenizer: Any, files: list | None, seed: int) -> tuple[Any, int | None]:
-    """Return the stream of training batches, and the steps of an epoch (None for synthetic music)."""
+def _find_files(config: ConfigDict, segment_samples: int, workdir: epath.Path) -> RunFiles | None:
+    """Return the run's files, None for synthetic music; a run that is continued keeps those that it began with."""
+    if not config.input.data_dir:
+        return None
+    if newest_step(workdir) is not None:
+        return run_files.recall_files(config.input, workdir / FILES)
+    if config.resume:
+        return run_files.recall_files(config.input, epath.Path(config.resume).expanduser() / FILES)
+    return run_files.find_files(config.input, segment_samples, workdir / FILES)
+
+
+def _training_data(config: ConfigDict, segment_samples: int, files: RunFiles | None, seed: int) -> grain.IterDataset:
+    """Return the stream of training batches."""
     spec = config.input
-    if spec.num_tokens < 1 or spec.num_tokens % max(1, config.model.downsample):
-        raise InputError(f"input.num_tokens={spec.num_tokens} is not a positive multiple of model.downsample")
-    segment_samples = tokenizer.segment_samples(spec.num_tokens)
-    loader = pipeline.build_audio_pipeline(
-        files=files,
+    return pipeline.build_audio_pipeline(
+        data_dir=files and files.train,
+        weights=tuple(spec.weights),
         sample_rate=spec.sample_rate,
         segment_samples=segment_samples,
         batch_size=spec.batch_size // jax.process_count(),
@@ -212,24 +218,31 @@ def _training_data(config: ConfigDict, tokenizer: Any, files: list | None, seed:
         polarity=spec.polarity,
         silence_db=spec.silence_db,
         short_files=spec.short_files,
+        bad_files=spec.bad_files,
+        cache_dir=spec.cache_dir,
         read_threads=spec.read_threads,
+        read_processes=spec.read_processes,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )
+
+
+def _steps_per_epoch(config: ConfigDict, segment_samples: int, files: RunFiles | None) -> int | None:
+    """Return the steps of an epoch, None for synthetic music."""
     if files is None:
-        return loader, None
-    segments = pipeline.segments_per_epoch(files, spec.sample_rate, segment_samples, spec.short_files)
-    return loader, max(1, segments // spec.batch_size)
+        return None
+    segments = pipeline.segments_per_epoch(files.train, config.input.sample_rate, segment_samples)
+    return max(1, segments // config.input.batch_size)
 
 
 def _evaluation_clips(
-    config: ConfigDict, tokenizer: Any, files: list | None, num_clips: int, seconds: float
+    config: ConfigDict, tokenizer: Any, files: RunFiles | None, num_clips: int, seconds: float
 ) -> tuple[np.ndarray, list[str]]:
     """Return fixed clips of about `seconds`, of a length that fills whole latents."""
     step = config.model.downsample
     num_tokens = step * round(seconds * config.input.sample_rate / tokenizer.samples_per_token / step)
     return pipeline.eval_clips(
-        files=files,
+        files=files and [file for folder in files.valid for file in folder],
         sample_rate=config.input.sample_rate,
         segment_samples=tokenizer.segment_samples(max(step, num_tokens)),
         num_clips=num_clips,
@@ -238,9 +251,9 @@ def _evaluation_clips(
     )
 
 
-def _measure_scale(config: ConfigDict, tokenizer: Any, files: list | None) -> jax.Array:
+def _measure_scale(config: ConfigDict, tokenizer: Any, segment_samples: int, files: RunFiles | None) -> jax.Array:
     """Return each feature's RMS after companding, over at least 256 training segments drawn for this alone."""
-    data = iter(_training_data(config, tokenizer, files, config.seed ^ 1)[0])
+    data = iter(_training_data(config, segment_samples, files, config.seed ^ 1))
     audio = np.concatenate([next(data)["audio"] for _ in range(-(-256 // config.input.batch_size))])
     tokens = scaling.compand(tokenizer.tokenize(jnp.asarray(audio)), config.tokens.exponent, config.tokens.eps)
     return scaling.band_scale(tokens, tokenizer.bands(config.input.channels, config.input.sample_rate))
@@ -278,14 +291,17 @@ def _logging_to(workdir: epath.Path) -> Iterator[None]:
 
 
 def _announce(
-    config: ConfigDict, tokenizer: Any, state: TrainState, files: list | None, first_step: int, total_steps: int
+    config: ConfigDict, tokenizer: Any, state: TrainState, files: RunFiles | None, first_step: int, total_steps: int
 ) -> None:
     """Log what is about to happen, the data first."""
     if files is None:
         log.info("data: built-in synthetic music; input.data_dir trains on a folder of audio")
     else:
-        hours = sum(file.duration for file in files) / 3600
-        log.info("data: %.2f h of audio in %d files of %s", hours, len(files), config.input.data_dir)
+        counts = []
+        for folders in (files.train, files.valid):
+            found = [file for folder in folders for file in folder]
+            counts += [len(found), sum(file.duration for file in found) / 3600]
+        log.info("data: %s: %d files, %.2f h to train; %d files, %.2f h to validate", config.input.data_dir, *counts)
     token_rate = config.input.sample_rate / tokenizer.samples_per_token
     code = "no quantizer"
     if config.model.quantizer == "fsq":

@@ -13,7 +13,8 @@ import pytest
 import soundfile
 import soxr
 
-from meanflow_audio_codec.datasets.audio import load_crop, read_crop, scan_folder, split_files, write_manifest
+from meanflow_audio_codec.datasets.audio import load_crop, read_crop, scan_folder
+from meanflow_audio_codec.datasets.measure import bandwidth
 from meanflow_audio_codec.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -128,34 +129,54 @@ def test_all_damaged_files_are_counted_in_one_message(tmp_path):
         scan_folder(tmp_path, bad_files="ignore")
 
 
-def test_manifest_spares_opening_unchanged_files_only(tmp_path):
-    manifest = tmp_path / "cache" / "manifest.jsonl"
-    folder = tmp_path / "music"
-    kept, changed = write(folder / "a.wav", noise(1000, 1)), write(folder / "b.wav", noise(1000, 1))
-    files = scan_folder(folder, manifest)
-    assert not manifest.exists()  # a scan writes nothing
-    write_manifest(manifest, files)
-    assert scan_folder(folder, manifest) == files
+def test_known_files_are_not_opened_again_unless_they_changed(tmp_path):
+    kept, changed = write(tmp_path / "a.wav", noise(1000, 1)), write(tmp_path / "b.wav", noise(1000, 1))
+    files = scan_folder(tmp_path)
+    known = {file.name: file for file in files}
+    assert scan_folder(tmp_path, known=known) == files
     stat = kept.stat()
     kept.write_bytes(b"x" * stat.st_size)
     os.utime(kept, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     write(changed, noise(500, 2))
-    again = scan_folder(folder, manifest)
+    again = scan_folder(tmp_path, known=known)
     assert again[0] == files[0]  # not opened: it would no longer decode
     assert (again[1].frames, again[1].channels) == (500, 2)
-    assert os.listdir(manifest.parent) == ["manifest.jsonl"]
-    manifest.write_text("{broken")
-    with pytest.raises(InputError, match=r"manifest\.jsonl.*delete it"):
-        scan_folder(folder, manifest)
+    tmp_path.rename(tmp_path.with_name("moved"))
+    moved = scan_folder(tmp_path.with_name("moved"), known={"b.wav": again[1]}, bad_files="skip")[0]
+    assert moved.path == str(tmp_path.with_name("moved") / "b.wav") and len(read_crop(moved, 10, 20)) == 20
 
 
-def test_manifest_holds_where_the_folder_moves(tmp_path):
-    path = write(tmp_path / "old" / "a.wav", noise(1000, 1))
-    write_manifest(tmp_path / "manifest.jsonl", scan_folder(path.parent))
-    path.parent.rename(tmp_path / "new")
-    moved = scan_folder(tmp_path / "new", tmp_path / "manifest.jsonl")[0]
-    assert moved.path == str(tmp_path / "new" / "a.wav")
-    assert len(read_crop(moved, 10, 20)) == 20
+def test_bandwidth_is_measured_on_request(tmp_path):
+    write(tmp_path / "a.wav", noise(50000, 1))
+    assert scan_folder(tmp_path)[0].bandwidth is None
+    file = scan_folder(tmp_path, measure_bandwidth=True)[0]
+    assert file.bandwidth == bandwidth(file.path) > 20000
+
+
+def test_mp3_whose_length_is_guessed_too_long_has_its_true_length(tmp_path):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, tones(441000, 1), 44100, bitrate_mode="CONSTANT", compression_level=0.5)
+    frames = path.read_bytes()
+    second = frames.index(frames[:2], 4)  # the first frame is a Xing header, which holds the length
+    path.write_bytes(frames[second:])
+    with soundfile.SoundFile(path) as handle:
+        announced, decoded = handle.frames, len(handle.read())
+    file = scan_one(path)
+    assert file.frames == decoded < announced
+    assert len(read_crop(file, decoded - 1000, 1000)) == 1000
+
+
+def test_name_that_is_not_utf8_is_named(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.wav", "wb"):
+        pass
+    with pytest.raises(InputError, match=r"udcff\.wav' \(its name is not UTF-8\)"):
+        scan_folder(tmp_path)
+
+
+def test_dangling_link_is_named(tmp_path):
+    (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    with pytest.raises(InputError, match=r"gone\.wav \(No such file"):
+        scan_folder(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".opus", ".mp3"])
@@ -245,16 +266,27 @@ def test_file_that_shrank_or_holds_nan_is_named_with_its_position(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 44100, subtype="FLOAT")
     with pytest.raises(InputError, match=r"nan\.wav.*not finite"):
         read_crop(scan_one(tmp_path / "nan.wav"), 0, 100)
-    gone = scan_one(write(tmp_path / "gone.wav", noise(1000, 1)))
+
+
+def test_file_that_is_gone_or_changed_since_the_scan_is_not_read(tmp_path):
+    gone, changed = (
+        scan_one(write(tmp_path / "gone.wav", noise(9, 1))),
+        scan_one(write(tmp_path / "x.wav", noise(9, 1))),
+    )
+    for file in (gone, changed):
+        read_crop(file, 0, 9)  # their handles stay open
     (tmp_path / "gone.wav").unlink()
-    with pytest.raises(InputError, match=r"gone\.wav: frames 5 to 15.*do not decode"):
-        read_crop(gone, 5, 10)
+    write(tmp_path / "x.wav", noise(10, 1))
+    with pytest.raises(InputError, match=r"gone\.wav is gone since.*put it back"):
+        read_crop(gone, 0, 9)
+    with pytest.raises(InputError, match=r"x\.wav has changed since"):
+        read_crop(changed, 0, 9)
 
 
 def test_more_files_than_handles_read_correctly_from_two_threads(tmp_path):
     audio = {}
-    for i in range(40):
-        path = write(tmp_path / f"{i:02}.wav", noise(300, 1, seed=i))
+    for i in range(140):
+        path = write(tmp_path / f"{i:03}.wav", noise(300, 1, seed=i))
         audio[str(path)] = soundfile.read(path, dtype="float32", always_2d=True)[0]
     files, failures = scan_folder(tmp_path), []
 
@@ -269,23 +301,6 @@ def test_more_files_than_handles_read_correctly_from_two_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert failures == []
-
-
-def test_split_depends_on_names_only_and_fills_both_sides(tmp_path, caplog):
-    for i in range(20):
-        write(tmp_path / f"{i}.wav", noise(10, 1))
-    files = scan_folder(tmp_path)
-    train, valid = split_files(files, 0.2)
-    assert len(valid) == 4 and sorted(train + valid, key=lambda file: file.name) == files
-    again = split_files(files[::-1], 0.2)
-    assert (set(again[0]), set(again[1])) == (set(train), set(valid))
-    assert [len(side) for side in split_files(files[:2], 0.0)] == [1, 1]
-    assert [len(side) for side in split_files(files[:2], 0.99)] == [1, 1]
-    with caplog.at_level(logging.WARNING):
-        assert split_files(files[:1], 0.1) == (files[:1], files[:1])
-    assert "only file" in caplog.text
-    with pytest.raises(InputError, match="valid_fraction=1.5"):
-        split_files(files, 1.5)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="shared data not in this checkout")

@@ -23,7 +23,7 @@ def write_steps(workdir, start, stop):
     writer = MetricWriter(workdir, start)
     for step in range(start + 1, stop + 1):
         writer.write(step, {"train/loss": step / 8})
-        writer.write_timing(step, 2.0, 32.0)
+        writer.write_timing(step, {"steps_per_s": 2.0, "examples_per_s": 32.0})
     writer.close()
 
 
@@ -99,7 +99,9 @@ def test_progress_measures_the_steps_alone(monkeypatch, caplog):
     speeds = []
     with caplog.at_level("INFO"):
         for step in range(11, 24):
-            clock.now += 60.0 if step == 11 else 0.5
+            with progress.waiting():
+                clock.now += 30.0 if step == 11 else 0.125
+            clock.now += 30.0 if step == 11 else 0.375
             progress.advance()
             if step in (15, 23):
                 speeds.append(progress.report(step, {"train/loss": 0.25}))
@@ -107,5 +109,5 @@ def test_progress_measures_the_steps_alone(monkeypatch, caplog):
                 with progress.paused():
                     clock.now += 60.0
     progress.close()
-    assert speeds == [(2.0, 32.0), (2.0, 32.0)]
+    assert speeds == [{"steps_per_s": 2.0, "examples_per_s": 32.0, "data_wait_percent": 25.0}] * 2
     assert "step 15/100  loss 0.25" in caplog.messages[0] and "0:00:42 left" in caplog.messages[0]
