@@ -109,7 +109,7 @@ def scan_folder(
     names, known = find_audio(root), known or {}
     probe = lambda name: _probe(root, name, known.get(name), measure_bandwidth)
     with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        probed = list(tqdm(pool.map(probe, names), f"scan {root.name}", len(names), delay=3, leave=False))
+        probed = list(tqdm(pool.map(probe, names), f"scan {root.name}", len(names), delay=3, leave=False, disable=None))
     files = [result for result in probed if isinstance(result, AudioFile)]
     _report_bad([result for result in probed if isinstance(result, str)], root, bad_files)
     if not files:
@@ -152,7 +152,7 @@ def read_crop(file: AudioFile, start: int, frames: int) -> Float[np.ndarray, "s 
         raise InputError(f"{where} do not decode ({error}): replace the file") from error
     if len(audio) < frames:
         raise InputError(f"{where}: only {len(audio)} came, so it is damaged: replace the file")
-    if not np.isfinite(audio).all():
+    if not math.isfinite(np.einsum("sc,sc->", audio, audio)):
         raise InputError(f"{where} hold values that are not finite: replace the file")
     if handle.format != "MP3":
         _handles.give_back(file, handle)

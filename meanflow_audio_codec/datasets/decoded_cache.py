@@ -1,7 +1,7 @@
 """Audio decoded once: 16-bit samples on disk, at the rate and channel count of training.
 
 Reading a crop from here costs a tenth of a millisecond, where decoding and resampling cost two to
-fifteen. A block is 8 s of one file (0.38 MB at 24 kHz mono), decoded when a crop first needs it:
+fifteen. A block is 4 s of one file (0.19 MB at 24 kHz mono), decoded when a crop first needs it:
 
     CACHE_DIR/24000hz_1ch/<hash of path, size, mtime>/<block>.i16 = float32 scale, int16 [s, c]
 
@@ -25,7 +25,7 @@ from jaxtyping import Float
 from meanflow_audio_codec.datasets.audio import AudioFile, check_unchanged, load_crop
 from meanflow_audio_codec.errors import InputError
 
-_BLOCK_SECONDS = 8  # whole seconds: blocks begin at whole frames of any rate
+_BLOCK_SECONDS = 4  # whole seconds: blocks begin at whole frames of any rate
 _SPARE_BYTES = 2**30
 
 

@@ -266,7 +266,7 @@ class _Crops:
         for _ in range(_SILENCE_TRIES if last > 0 else 1):
             start = int(rng.integers(max(0, last) + 1))
             audio = self._load(file, start)
-            if np.mean(np.square(audio)) >= 10.0 ** (self.silence_db / 10.0):
+            if np.einsum("sc,sc->", audio, audio) >= audio.size * 10.0 ** (self.silence_db / 10.0):
                 break
         return audio, start / rate
 
@@ -317,7 +317,8 @@ class _Augment:
     def __call__(self, audio: Float[np.ndarray, "s c"], rng: np.random.Generator) -> dict[str, np.ndarray]:
         gain = 10.0 ** (rng.uniform(*self.gain_db) / 20.0)
         sign = -1.0 if self.polarity and rng.random() < 0.5 else 1.0
-        return {"audio": _limit_peak(audio * np.float32(sign * gain))}
+        audio *= np.float32(sign * gain)
+        return {"audio": _limit_peak(audio)}
 
 
 def _make_cache(cache_dir, files: list[AudioFile], sample_rate: int, channels: int) -> DecodedCache | None:
@@ -337,7 +338,7 @@ def _leave_out(files: list[AudioFile], is_unfit, reason: str) -> list[AudioFile]
 
 def _limit_peak(audio: Float[np.ndarray, "s c"]) -> Float[np.ndarray, "s c"]:
     """Scale down to a peak of 1 what exceeds it: files that were lossy decode up to 1.5."""
-    peak = np.abs(audio).max()
+    peak = max(audio.max(), -audio.min())
     return audio / peak if peak > 1.0 else audio
 
 
