@@ -38,13 +38,13 @@ from meanflow_audio_codec.errors import InputError
 _METHOD = """\
 Batches of 16 random crops, float32, drawn as fast as they come. A file is drawn by the number of whole crops in it,
 the start uniformly; past the end of a file are zeros. The loaders take turns (rounds: {rounds}), each in a fresh
-process, each crop length for {seconds:g} s after its first batch. A round's crops/s and audio s/s are all crops over all
-seconds of its crop lengths; the table has the median over the rounds. "Ours / it" is the median of the ratios of
-crops/s within a round: above 1, ours is faster. "First batch" is from the constructor's call, imports done, to the first batch in hand,
-the median over all runs; every loader is handed the files' lengths, so no scan is in it. "Peak memory" is the largest
-over all runs: resident MB of the process, imports included, and what its workers do not share with it (Linux only).
-All files were read once before, so nothing waits for the disk. A cold decoded cache is empty when a run starts; a warm
-one was filled by reading one sample of every second of every file."""
+process, each crop length for {seconds:g} s after its first batch. A round's crops/s and audio s/s are all crops
+over all seconds of its crop lengths; the table has the median over the rounds. "Ours / it" is the median of the
+ratios of crops/s within a round: above 1, ours is faster. "First batch" is from the constructor's call, imports
+done, to the first batch in hand, the median over all runs; every loader is handed the files' lengths, so no scan is
+in it. "Peak memory" is the largest over all runs: resident MB of the process, imports included, and what its
+workers do not share with it (Linux only). All files were read once before, so nothing waits for the disk. A cold
+decoded cache is empty when a run starts; a warm one was filled by reading one sample of every second of every file."""
 
 _CROP_SECONDS = (1.0, 2.5, 4.5)
 _TRAINING_SECONDS, _TRAINING_RATE = 1.36, 24000
