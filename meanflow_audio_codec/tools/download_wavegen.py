@@ -344,7 +344,7 @@ def _require_space(folder: Path, wanted_gb: float) -> None:
 
 
 def _warn_without_javascript(url: str) -> None:
-    if "youtube.com/" in url and not any(map(shutil.which, ("deno", "node", "bun"))):
+    if "youtu" in url and not any(map(shutil.which, ("deno", "node", "bun"))):
         print(
             "download_wavegen: YouTube may refuse without a JavaScript runtime: install deno, node or bun",
             file=sys.stderr,
