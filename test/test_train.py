@@ -212,6 +212,15 @@ def test_a_run_keeps_to_its_files_and_names_those_that_vanish(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
 
+def test_worker_processes_change_nothing_and_resume(finished, tmp_path):
+    workdir, processes = tmp_path / "run", {"input.read_processes": 2}
+    main(command(workdir, **processes))
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    main(command(workdir, **processes))
+    assert (workdir / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert_equal_trees(final_state(workdir), final_state(finished))
+
+
 def test_other_devices_other_threads_same_losses(finished, tmp_path):
     """Eight devices sum in another order, so equality is up to float32 rounding, amplified over 12 steps."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
