@@ -23,9 +23,12 @@ from ml_collections.config_dict import placeholder
 from meanflow_audio_codec.errors import InputError
 
 UNITS = ("steps", "epochs", "examples", "percent")
-# A rerun in the same workdir may change these: they touch neither the model nor the data. Another total stretches the
-# learning-rate schedule from here on.
-FREE_FIELDS = ("total_", "log_", "checkpoint_", "evals.", "resume", "init_from", "input.read_threads", "input.bad_files")
+# A rerun in the same workdir may change these: they touch neither the model nor the data, as long as that is intact.
+# Another total stretches the learning-rate schedule from here on.
+FREE_FIELDS = (
+    *("total_", "log_", "checkpoint_", "evals.", "resume", "init_from"),
+    *("input.read_threads", "input.bad_files"),
+)
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -95,19 +95,18 @@ def build_audio_pipeline(
         music = SyntheticMusic(sample_rate, segment_samples, channels, seed)
         stream = grain.MapDataset.source(music).seed(seed).repeat()
     else:
-        rules = dict(min_seconds=min_seconds, min_bandwidth=min_bandwidth, short_files=short_files)
-        folders = [
-            select_files(
-                folder
-                if isinstance(folder, list)
-                else scan_folder(folder, bad_files=bad_files, measure_bandwidth=min_bandwidth > 0),
-                sample_rate=sample_rate,
-                segment_samples=segment_samples,
-                channels=channels,
-                **rules,
-            )
-            for folder in ([data_dir] if isinstance(data_dir, str | os.PathLike) else data_dir)
-        ]
+        scan = lambda folder: scan_folder(folder, bad_files=bad_files, measure_bandwidth=min_bandwidth > 0)
+        select = lambda files: select_files(
+            files,
+            sample_rate=sample_rate,
+            segment_samples=segment_samples,
+            channels=channels,
+            min_seconds=min_seconds,
+            min_bandwidth=min_bandwidth,
+            short_files=short_files,
+        )
+        given = [data_dir] if isinstance(data_dir, str | os.PathLike) else data_dir
+        folders = [select(folder if isinstance(folder, list) else scan(folder)) for folder in given]
         files = [file for folder in folders for file in folder]
         cache = _make_cache(cache_dir, files, sample_rate, channels)
         crops = _Crops(sample_rate, segment_samples, channels, silence_db, cache)
@@ -178,11 +177,13 @@ def select_files(
 ) -> list[AudioFile]:
     """Return the files to draw from, in order of their names, logging how many are left out and why.
 
-    The arguments are those of `build_audio_pipeline`; bandwidths must have been measured where they count.
+    The arguments are those of `build_audio_pipeline`.
 
     Raises:
-        InputError: A file too short or with too many channels, or none left.
+        InputError: A file too short or with too many channels, none left, or a bandwidth that the scan did not measure.
     """
+    if min_bandwidth > 0 and any(file.bandwidth is None for file in files):
+        raise InputError(f"input.min_bandwidth={min_bandwidth:g}: scan the files with measure_bandwidth=True")
     if short_files not in ("error", "pad", "skip"):
         raise InputError(f"input.short_files={short_files!r}: choose 'error', 'pad' or 'skip'")
     needed = segment_samples / sample_rate
@@ -299,8 +300,8 @@ class _Draw:
             except InputError as error:
                 if self.bad_files == "error":
                     raise InputError(f"{error}, or set input.bad_files=skip") from error
-                if file.name not in self.lost:
-                    self.lost.add(file.name)
+                if file.path not in self.lost:
+                    self.lost.add(file.path)
                     log.warning("%s; drawing from other files (%d lost so far)", error, len(self.lost))
                 last_error = error
             number = int(rng.integers(len(self.files)))

@@ -311,6 +311,8 @@ def test_files_are_left_out_by_length_and_bandwidth(tmp_path, caplog):
     assert "1 of 3 files left out: shorter than 1 s" in caplog.text
     assert "1 of 2 files left out: without anything above 12000 Hz" in caplog.text
     assert (np.abs(np.fft.rfft(crops[:, :, 0]))[:, 400:].mean(axis=1) > 0.5).all()
+    with pytest.raises(InputError, match="input.min_bandwidth=9.*measure_bandwidth=True"):
+        build_audio_pipeline(data_dir=[scan_folder(tmp_path)], **dict(settings, min_bandwidth=9.0))
     with pytest.raises(InputError, match="input.min_seconds"):
         build_audio_pipeline(data_dir=tmp_path, **dict(settings, min_seconds=60.0))
 
