@@ -12,6 +12,7 @@ share a folder and be killed in it, and find the same samples. It may be deleted
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
@@ -47,31 +48,30 @@ class DecodedCache:
         """Length of the file in samples at the cache's rate."""
         return -(-file.frames * self.sample_rate // file.sample_rate)
 
-    def read(self, file: AudioFile, start: int, samples: int) -> Float[np.ndarray, "{samples} {self.channels}"]:
-        """Return the samples from `start` on, counted at the cache's rate; past the file's end they are zeros.
+    def read(self, file: AudioFile, start: int, out: Float[np.ndarray, "s c"]) -> None:
+        """Fill `out` with the samples from `start` on, counted at the cache's rate; past the file's end with zeros.
 
         Raises:
             InputError: See `audio.read_crop`.
         """
         check_unchanged(file)
-        audio = np.zeros((samples, self.channels), np.float32)
         folder, block_samples = self._folder(file), _BLOCK_SECONDS * self.sample_rate
-        stop = min(start + samples, self.num_samples(file))
+        stop = min(start + len(out), self.num_samples(file))
         for block in range(start // block_samples, -(-stop // block_samples)):
             offset = block * block_samples
             length = min(block_samples, self.num_samples(file) - offset)
             first, last = max(start, offset), min(stop, offset + length)
-            path = f"{folder}/{block}.i16"
-            stretch = self._load(path, length, first - offset, last - offset)
-            if stretch is None:
+            path, stretch = f"{folder}/{block}.i16", out[first - start : last - start]
+            if not self._load(path, length, first - offset, stretch):
                 self._decode(file, block, length, path)
-                stretch = self._load(path, length, first - offset, last - offset)
-            audio[first - start : last - start] = stretch
-        return audio
+                self._load(path, length, first - offset, stretch)
+        out[stop - start :] = 0.0
 
     def check_room(self, files: Iterable[AudioFile]) -> None:
         """Raise InputError unless the disk has room for what is not decoded yet, and 1 GB to spare."""
-        needed = sum(2 * self.channels * self.num_samples(file) for file in files if not self._folder(file).exists())
+        needed = sum(
+            2 * self.channels * self.num_samples(file) for file in files if not os.path.exists(self._folder(file))
+        )
         existing = Path(self.cache_dir)
         while not existing.exists():
             existing = existing.parent
@@ -82,24 +82,23 @@ class DecodedCache:
                 "are free there: choose another disk, or leave it empty to decode every crop"
             )
 
-    def _folder(self, file: AudioFile) -> Path:
-        identity = f"{os.path.abspath(file.path)}|{file.size}|{file.mtime_ns}"
-        name = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        return Path(self.cache_dir, f"{self.sample_rate}hz_{self.channels}ch", name)
+    def _folder(self, file: AudioFile) -> str:
+        return f"{self.cache_dir}/{self.sample_rate}hz_{self.channels}ch/{_key(file)}"
 
-    def _load(self, path: str, length: int, first: int, last: int) -> Float[np.ndarray, "s c"] | None:
-        """Samples first to last of a block, None where it is not there yet."""
+    def _load(self, path: str, length: int, first: int, out: Float[np.ndarray, "s c"]) -> bool:
+        """Fill `out` from sample `first` of a block on; False where the block is not there yet."""
         frame = 2 * self.channels
         try:
             with open(path, "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != 4 + frame * length:
-                    return None  # cut short when the machine lost power
+                    return False  # cut short when the machine lost power
                 scale = np.frombuffer(file.read(4), np.float32)
                 file.seek(4 + frame * first)
-                stretch = np.frombuffer(file.read(frame * (last - first)), np.int16)
+                ints = np.frombuffer(file.read(frame * len(out)), np.int16)
         except FileNotFoundError:
-            return None
-        return stretch.reshape(-1, self.channels) * scale
+            return False
+        np.multiply(ints.reshape(out.shape), scale, out=out)
+        return True
 
     def _decode(self, file: AudioFile, block: int, length: int, path: str) -> None:
         audio = load_crop(
@@ -122,3 +121,9 @@ class DecodedCache:
         except OSError:
             Path(partial).unlink(missing_ok=True)
             raise
+
+
+@functools.lru_cache(maxsize=1024)
+def _key(file: AudioFile) -> str:
+    identity = f"{os.path.abspath(file.path)}|{file.size}|{file.mtime_ns}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:24]

@@ -1,14 +1,19 @@
-"""The Grain chain from audio files or synthetic music to batches, and the fixed evaluation clips.
+"""The stream of training batches from audio files or synthetic music, and the fixed evaluation clips.
 
-    file numbers ▶ shuffle ▶ repeat ▶ mix folders ▶ random crop ▶ gain, polarity ▶ shard ▶ batch ▶ threads, processes
+    place in the stream ▶ file ▶ random crop ▶ gain, polarity ▶ batch                      a function of (seed, place)
+    number of a batch ▶ Grain's read threads or processes ▶ iterator with a state
 
 An epoch visits a file once for every whole segment in it, at random positions, so that files count
-by their length. Each crop's randomness is a function of (seed, place in the stream): the iterator's
-state is one number, and batches come back bit for bit from it with any number of threads. Worker
-processes give the same batches, but their state fits that number of processes only. No TensorFlow.
+by their length. What stands at a place of the stream depends on the seed and the place alone: the
+iterator's state is one number, and batches come back bit for bit from it with any number of threads.
+Worker processes give the same batches, but their state fits that number of processes only.
+
+Grain could also shuffle, map and batch; but crop by crop through its chain costs more than reading
+a crop that is decoded already. No TensorFlow.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -18,7 +23,7 @@ from pathlib import Path
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from meanflow_audio_codec.datasets.audio import AudioFile, check_channels, load_crop, scan_folder, source_frames
 from meanflow_audio_codec.datasets.decoded_cache import DecodedCache
@@ -29,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _SILENCE_TRIES = 5
 _BAD_FILE_TRIES = 10
+_MIX_CYCLE = 10_000  # places, after which weighted folders have had their exact shares
 # Beyond the 32 bits of a training seed, so that no training clip is ever an evaluation clip.
 _EVAL_SEED = 2**32
 _EVAL_SILENCE_DB = -60.0
@@ -92,8 +98,7 @@ def build_audio_pipeline(
     _check_fields(batch_size, seed, gain_db, read_threads, read_processes, shard_index, shard_count)
     _check_segment(sample_rate, segment_samples, channels)
     if data_dir is None:
-        music = SyntheticMusic(sample_rate, segment_samples, channels, seed)
-        stream = grain.MapDataset.source(music).seed(seed).repeat()
+        draw = _DrawSynthetic(SyntheticMusic(sample_rate, segment_samples, channels, seed))
     else:
         scan = lambda folder: scan_folder(folder, bad_files=bad_files, measure_bandwidth=min_bandwidth > 0)
         select = lambda files: select_files(
@@ -108,20 +113,17 @@ def build_audio_pipeline(
         given = [data_dir] if isinstance(data_dir, str | os.PathLike) else data_dir
         folders = [select(folder if isinstance(folder, list) else scan(folder)) for folder in given]
         files = [file for folder in folders for file in folder]
+        order = _Order([_segment_counts(folder, sample_rate, segment_samples) for folder in folders], weights, seed)
         cache = _make_cache(cache_dir, files, sample_rate, channels)
-        crops = _Crops(sample_rate, segment_samples, channels, silence_db, cache)
-        stream = _mix(folders, weights, sample_rate, segment_samples, seed).random_map(_Draw(files, crops, bad_files))
-
-    # Sharding comes after the random maps: they count places in the whole stream, so that no two
-    # shards draw the same numbers.
-    stream = stream.random_map(_Augment(gain_db, polarity)).slice(slice(shard_index, None, shard_count))
+        draw = _DrawCrop(files, order, _Crops(sample_rate, channels, silence_db, cache), bad_files)
+    batches = _Batches(draw, (batch_size, segment_samples, channels), seed, gain_db, polarity, shard_index, shard_count)
     options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=2 * read_threads)
-    batches = stream.batch(batch_size, drop_remainder=True).to_iter_dataset(options)
+    stream = grain.MapDataset.source(batches).to_iter_dataset(options)
     if read_processes:
         if not flags.FLAGS.is_parsed():  # Grain asks absl for a flag before it starts its processes
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=read_processes))
-    return batches
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=read_processes))
+    return stream
 
 
 def eval_clips(
@@ -154,15 +156,15 @@ def eval_clips(
     files = select_files(
         files, sample_rate=sample_rate, segment_samples=segment_samples, channels=channels, short_files="pad"
     )
-    crops = _Crops(sample_rate, segment_samples, channels, _EVAL_SILENCE_DB, None)
+    crops = _Crops(sample_rate, channels, _EVAL_SILENCE_DB, None)
     order = np.random.default_rng(seed).permutation(len(files))
-    clips, names = [], []
-    for i in range(num_clips):
+    clips, names = np.empty((num_clips, segment_samples, channels), np.float32), []
+    for i, clip in enumerate(clips):
         file = files[order[i % len(files)]]
-        audio, seconds = crops.draw(file, np.random.default_rng([seed, i]))
-        clips.append(_limit_peak(audio))
+        seconds = crops.draw(file, np.random.default_rng([seed, i]), clip)
+        _scale(clip, 1.0)
         names.append(f"{file.name}@{seconds:.2f}s")
-    return np.stack(clips), names
+    return clips, names
 
 
 def select_files(
@@ -213,37 +215,46 @@ def select_files(
 
 def segments_per_epoch(folders: list[list[AudioFile]], sample_rate: int, segment_samples: int) -> int:
     """Return the number of crops after which the stream has visited every file as often as its length asks."""
-    return sum(len(_Segments(files, sample_rate, segment_samples)) for files in folders)
+    return sum(_segment_counts(files, sample_rate, segment_samples).sum().item() for files in folders)
 
 
-class _Segments:
-    """The files' numbers, from `first` on, each as often as whole segments fit into the file, at least once."""
-
-    def __init__(self, files: list[AudioFile], sample_rate: int, segment_samples: int, first: int = 0):
-        counts = [file.duration * sample_rate / segment_samples for file in files]
-        self._ends = np.cumsum([max(1, math.floor(count)) for count in counts])
-        self._first = first
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> int:
-        return self._first + int(np.searchsorted(self._ends, index, side="right"))
+def _segment_counts(files: list[AudioFile], sample_rate: int, segment_samples: int) -> Int[np.ndarray, "files"]:
+    """How many whole segments fit into each file, at least one."""
+    return np.array([max(1, math.floor(file.duration * sample_rate / segment_samples)) for file in files])
 
 
-def _mix(
-    folders: list[list[AudioFile]], weights: Sequence[float], sample_rate: int, segment_samples: int, seed: int
-) -> grain.MapDataset:
-    """The endless stream of file numbers."""
-    if weights and (len(weights) != len(folders) or min(weights) <= 0):
-        raise InputError(f"input.weights={tuple(weights)}: give {len(folders)} numbers above 0, one for each folder")
-    firsts = np.cumsum([0] + [len(files) for files in folders])
-    sources = [
-        _Segments(files, sample_rate, segment_samples, first)
-        for files, first in zip(folders, firsts.tolist(), strict=False)
-    ]
-    streams = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
-    return grain.MapDataset.mix(streams, weights or [len(source) for source in sources])
+class _Order:
+    """Which file stands at which place of the stream: shuffled anew in each epoch, of a folder or of all.
+
+    Args:
+        counts: How often each file of each folder comes in an epoch.
+        weights: Shares of the folders; none: by their counts.
+        seed: Of the shuffles.
+    """
+
+    def __init__(self, counts: list[Int[np.ndarray, "files"]], weights: Sequence[float], seed: int):
+        if weights and (len(weights) != len(counts) or min(weights) <= 0):
+            raise InputError(f"input.weights={tuple(weights)}: give {len(counts)} numbers above 0, one for each folder")
+        self._seed = seed
+        if not weights:
+            counts, weights = [np.concatenate(counts)], (1.0,)
+        self._ends = np.cumsum(np.concatenate(counts))  # of the files' segments, all folders in a row
+        self._sizes = [count.sum().item() for count in counts]
+        self._firsts = np.cumsum([0, *self._sizes])
+        # One cycle of the mix: folder i stands at quotas[i] places of it, evenly spread.
+        quotas = np.maximum(1, np.rint(_MIX_CYCLE * np.array(weights) / sum(weights))).astype(int)
+        ranks = np.concatenate([np.arange(quota) for quota in quotas])
+        folders = np.repeat(np.arange(len(quotas)), quotas)
+        spread = np.argsort((ranks + 0.5) / quotas[folders], kind="stable")
+        self._quotas, self._ranks, self._folders = quotas, ranks[spread], folders[spread]
+
+    def __getitem__(self, place: int) -> int:
+        """The file's number."""
+        cycle, place = divmod(place, len(self._folders))
+        folder = self._folders[place]
+        epoch, index = divmod(int(cycle * self._quotas[folder] + self._ranks[place]), self._sizes[folder])
+        segment = self._firsts[folder] + _shuffled(self._sizes[folder], self._seed, folder.item(), epoch)[index]
+        return int(np.searchsorted(self._ends, segment, side="right"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,52 +262,58 @@ class _Crops:
     """Random segments in one format, of any file."""
 
     sample_rate: int
-    segment_samples: int
     channels: int
     silence_db: float
     cache: DecodedCache | None
 
-    def draw(self, file: AudioFile, rng: np.random.Generator) -> tuple[Float[np.ndarray, "s c"], float]:
-        """Return a segment from anywhere in the file, and its place in seconds; the fifth try may be silent."""
+    def draw(self, file: AudioFile, rng: np.random.Generator, out: Float[np.ndarray, "s c"]) -> float:
+        """Fill `out` from anywhere in the file and return the place in seconds; the fifth try may be silent."""
         if self.cache is None:
             rate = file.sample_rate
-            last = file.frames - source_frames(file, self.sample_rate, self.segment_samples)
+            last = file.frames - source_frames(file, self.sample_rate, len(out))
         else:
             rate = self.sample_rate
-            last = self.cache.num_samples(file) - self.segment_samples
+            last = self.cache.num_samples(file) - len(out)
         for _ in range(_SILENCE_TRIES if last > 0 else 1):
             start = int(rng.integers(max(0, last) + 1))
-            audio = self._load(file, start)
-            if np.einsum("sc,sc->", audio, audio) >= audio.size * 10.0 ** (self.silence_db / 10.0):
+            if self.cache is None:
+                out[:] = load_crop(
+                    file, start, sample_rate=self.sample_rate, segment_samples=len(out), channels=self.channels
+                )
+            else:
+                self.cache.read(file, start, out)
+            if np.einsum("sc,sc->", out, out) >= out.size * 10.0 ** (self.silence_db / 10.0):
                 break
-        return audio, start / rate
-
-    def _load(self, file: AudioFile, start: int) -> Float[np.ndarray, "s c"]:
-        if self.cache is not None:
-            return self.cache.read(file, start, self.segment_samples)
-        return load_crop(
-            file,
-            start,
-            sample_rate=self.sample_rate,
-            segment_samples=self.segment_samples,
-            channels=self.channels,
-        )
+        return start / rate
 
 
 @dataclasses.dataclass(frozen=True)
-class _Draw:
-    """From a file's number to a crop of it, or of another file where that one has gone bad and may be skipped."""
+class _DrawSynthetic:
+    """The crop at a place of the stream of synthetic music."""
+
+    music: SyntheticMusic
+
+    def __call__(self, place: int, rng: np.random.Generator, out: Float[np.ndarray, "s c"]) -> None:
+        out[:] = self.music[place]
+
+
+@dataclasses.dataclass(frozen=True)
+class _DrawCrop:
+    """The crop at a place of the stream, of another file where that one has gone bad and may be skipped."""
 
     files: list[AudioFile]
+    order: _Order
     crops: _Crops
     bad_files: str
     lost: set[str] = dataclasses.field(default_factory=set)
 
-    def __call__(self, number: int, rng: np.random.Generator) -> Float[np.ndarray, "s c"]:
+    def __call__(self, place: int, rng: np.random.Generator, out: Float[np.ndarray, "s c"]) -> None:
+        number = self.order[place]
         for _ in range(_BAD_FILE_TRIES):
             file = self.files[number]
             try:
-                return self.crops.draw(file, rng)[0]
+                self.crops.draw(file, rng, out)
+                return
             except InputError as error:
                 if self.bad_files == "error":
                     raise InputError(f"{error}, or set input.bad_files=skip") from error
@@ -309,17 +326,34 @@ class _Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Augment:
-    """Random gain and sign."""
+class _Batches:
+    """The batches of one shard by their number: the source that Grain reads."""
 
+    draw: _DrawCrop | _DrawSynthetic
+    shape: tuple[int, int, int]
+    seed: int
     gain_db: tuple[float, float]
     polarity: bool
+    shard_index: int
+    shard_count: int
 
-    def __call__(self, audio: Float[np.ndarray, "s c"], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        gain = 10.0 ** (rng.uniform(*self.gain_db) / 20.0)
-        sign = -1.0 if self.polarity and rng.random() < 0.5 else 1.0
-        audio *= np.float32(sign * gain)
-        return {"audio": _limit_peak(audio)}
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def __getitem__(self, number: int) -> dict[str, Float[np.ndarray, "b s c"]]:
+        audio = np.empty(self.shape, np.float32)
+        for i, crop in enumerate(audio, start=number * len(audio)):
+            place = i * self.shard_count + self.shard_index
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
+            self.draw(place, rng, crop)
+            gain = 10.0 ** (rng.uniform(*self.gain_db) / 20.0)
+            _scale(crop, -gain if self.polarity and rng.random() < 0.5 else gain)
+        return {"audio": audio}
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffled(size: int, *seeds: int) -> Int[np.ndarray, "{size}"]:
+    return np.random.default_rng(seeds).permutation(size)
 
 
 def _make_cache(cache_dir, files: list[AudioFile], sample_rate: int, channels: int) -> DecodedCache | None:
@@ -337,10 +371,11 @@ def _leave_out(files: list[AudioFile], is_unfit, reason: str) -> list[AudioFile]
     return fit
 
 
-def _limit_peak(audio: Float[np.ndarray, "s c"]) -> Float[np.ndarray, "s c"]:
-    """Scale down to a peak of 1 what exceeds it: files that were lossy decode up to 1.5."""
-    peak = max(audio.max(), -audio.min())
-    return audio / peak if peak > 1.0 else audio
+def _scale(audio: Float[np.ndarray, "s c"], gain: float) -> None:
+    """Multiply by the gain, in place, or by as much of it as leaves no peak above 1; lossy files decode up to 1.5."""
+    gain /= max(1.0, abs(gain) * max(audio.max(), -audio.min()).item())
+    if gain != 1.0:
+        audio *= np.float32(gain)
 
 
 def _check_segment(sample_rate: int, segment_samples: int, channels: int) -> None:

@@ -230,7 +230,7 @@ def _fill_cache(task: _Task) -> None:
     cache = DecodedCache(task.cache_dir, task.sample_rate, task.channels)
     for file in task.files:
         for start in range(0, cache.num_samples(file), task.sample_rate):
-            cache.read(file, start, 1)
+            cache.read(file, start, np.empty((1, task.channels), np.float32))
 
 
 def _measure_table(
