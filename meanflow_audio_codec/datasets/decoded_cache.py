@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 
 from meanflow_audio_codec.datasets.audio import AudioFile, check_unchanged, load_crop
 from meanflow_audio_codec.errors import InputError
@@ -63,8 +63,8 @@ class DecodedCache:
             first, last = max(start, offset), min(stop, offset + length)
             path, stretch = f"{folder}/{block}.i16", out[first - start : last - start]
             if not self._load(path, length, first - offset, stretch):
-                self._decode(file, block, length, path)
-                self._load(path, length, first - offset, stretch)
+                ints, scale = self._decode(file, block, length, path)
+                np.multiply(ints[first - offset : last - offset], scale, out=stretch)
         out[stop - start :] = 0.0
 
     def check_room(self, files: Iterable[AudioFile]) -> None:
@@ -100,7 +100,10 @@ class DecodedCache:
         np.multiply(ints.reshape(out.shape), scale, out=out)
         return True
 
-    def _decode(self, file: AudioFile, block: int, length: int, path: str) -> None:
+    def _decode(
+        self, file: AudioFile, block: int, length: int, path: str
+    ) -> tuple[Int16[np.ndarray, "s c"], np.float32]:
+        """Decode a block and keep it; its samples and their scale."""
         audio = load_crop(
             file,
             block * _BLOCK_SECONDS * file.sample_rate,
@@ -121,6 +124,7 @@ class DecodedCache:
         except OSError:
             Path(partial).unlink(missing_ok=True)
             raise
+        return ints, scale
 
 
 @functools.lru_cache(maxsize=1024)

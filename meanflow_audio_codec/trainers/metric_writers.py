@@ -89,11 +89,12 @@ class Progress:
             self._bar.update()
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
+    def waiting(self, running: Any) -> Iterator[None]:
+        """Count the time inside as waiting for data, unless `running`, a result of the last step, is still computed."""
         start = time.monotonic()
         yield
-        self._waited += time.monotonic() - start
+        if running.is_ready():
+            self._waited += time.monotonic() - start
 
     def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Show the errors and the speed since the last report, and return the speed."""

@@ -127,7 +127,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         progress = stack.enter_context(contextlib.closing(Progress(first_step, total_steps, batch_size)))
         stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
         for step in range(first_step + 1, total_steps + 1):
-            with progress.waiting():
+            with progress.waiting(state.step):
                 audio = next(data)["audio"]
             batch = {"audio": jax.make_array_from_process_local_data(batched, audio)}
             state, metrics = train_step(state, batch)

@@ -99,7 +99,7 @@ def test_progress_measures_the_steps_alone(monkeypatch, caplog):
     speeds = []
     with caplog.at_level("INFO"):
         for step in range(11, 24):
-            with progress.waiting():
+            with progress.waiting(types.SimpleNamespace(is_ready=lambda step=step: step % 2 == 0)):
                 clock.now += 30.0 if step == 11 else 0.125
             clock.now += 30.0 if step == 11 else 0.375
             progress.advance()
@@ -109,5 +109,5 @@ def test_progress_measures_the_steps_alone(monkeypatch, caplog):
                 with progress.paused():
                     clock.now += 60.0
     progress.close()
-    assert speeds == [{"steps_per_s": 2.0, "examples_per_s": 32.0, "data_wait_percent": 25.0}] * 2
+    assert speeds == [{"steps_per_s": 2.0, "examples_per_s": 32.0, "data_wait_percent": 12.5}] * 2
     assert "step 15/100  loss 0.25" in caplog.messages[0] and "0:00:42 left" in caplog.messages[0]
