@@ -171,6 +171,8 @@ def test_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(finished, tmp_path
         "objective=flow_matching,tokens=reshape",
         "objective=mean_flow,backbone=mlp",
         "objective=improved_mean_flow,quantizer=none",
+        "objective=improved_mean_flow,backbone=mixer",
+        "objective=improved_mean_flow,backbone=transformer",
     ],
 )
 def test_every_rung_trains(arg, tmp_path):

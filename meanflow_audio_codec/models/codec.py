@@ -19,16 +19,19 @@ from jaxtyping import Array, Float, Int
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models import layers, quantizers
 from meanflow_audio_codec.models.conv_flow import ConvFlow
+from meanflow_audio_codec.models.mixer_flow import MixerFlow
 from meanflow_audio_codec.models.mlp_flow import MlpFlow
+from meanflow_audio_codec.models.transformer_flow import TransformerFlow
 
-BACKBONES = {"conv": ConvFlow, "mlp": MlpFlow}
+BACKBONES = {"conv": ConvFlow, "mlp": MlpFlow, "mixer": MixerFlow, "transformer": TransformerFlow}
 
-# Width, blocks of the decoder, blocks of encoder and upsampler each; parameters with 256 features and 64 latents.
-VARIANTS = {
-    "mu": dict(width=32, depth=1, side_depth=1),  #  for tests
-    "Ti": dict(width=128, depth=4, side_depth=2),  #  1.58 M
-    "S": dict(width=256, depth=6, side_depth=3),  #  7.47 M
-    "B": dict(width=512, depth=12, side_depth=4),  # 45.4 M
+# Width, blocks of the decoder, blocks of encoder and upsampler each. Beside them millions of parameters with 256
+# features and 64 latents, by backbone: the decoder's / the whole model's.
+VARIANTS = {  #                                      conv          mlp           mixer         transformer
+    "mu": dict(width=32, depth=1, side_depth=1),  # for tests
+    "Ti": dict(width=128, depth=4, side_depth=2),  #  0.77 / 1.58   0.76 / 1.58   0.88 / 1.69   0.86 / 1.68
+    "S": dict(width=256, depth=6, side_depth=3),  #   3.74 / 7.47   3.73 / 7.46   4.05 / 7.78   4.03 / 7.76
+    "B": dict(width=512, depth=12, side_depth=4),  #  27.1 / 45.4   27.0 / 45.4   28.3 / 46.6   28.3 / 46.6
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-FILM_WIDTH = 64  # rank of the conditioning that every block reads: 64 * 3d a block against 8d^2 of its MLP
+FILM_WIDTH = 64  # rank of the conditioning: 64 * 3d weights modulate a residual, against 8d^2 in a ConvNeXt block's MLP
 
 
 def time_features(t: Float[Array, "b"], scale: float) -> Float[Array, "b 64"]:
@@ -45,6 +45,13 @@ def modulation(film: Float[Array, "b l w"], width: int, parts: int) -> list[Floa
     return jnp.split(projected, parts, axis=-1)
 
 
+def modulated_norm(
+    y: Float[Array, "b l d"], scale: Float[Array, "b l d"], shift: Float[Array, "b l d"]
+) -> Float[Array, "b l d"]:
+    """Normalise every frame, then scale and shift it by what `modulation` made of the film (for compact methods)."""
+    return nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False)(y) * (1 + scale) + shift
+
+
 class DepthwiseConv(nn.Module):
     """Convolve every channel with its own `kernel_size` taps along the frames, zeros beyond the ends.
 
@@ -64,7 +71,7 @@ class DepthwiseConv(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt block: depthwise convolution over frames, norm, MLP of four times the width, gated residual.
+    """ConvNeXt block: depthwise convolution over frames, norm, MLP of `mlp_ratio` times the width, gated residual.
 
     With `film` the norm's scale and shift and the residual's gate follow the conditioning (adaLN-zero), else the gate
     is a learned constant. `kernel_size=1` leaves the convolution out: a residual MLP that sees one frame only.
@@ -72,6 +79,7 @@ class Block(nn.Module):
 
     kernel_size: int = 7
     dtype: jnp.dtype = jnp.dtype("float32")
+    mlp_ratio: int = 4
 
     @nn.compact
     def __call__(self, y: Float[Array, "b l d"], film: Float[Array, "b l w"] | None = None) -> Float[Array, "b l d"]:
@@ -83,7 +91,7 @@ class Block(nn.Module):
         else:
             scale, shift, gate = modulation(film, width, 3)
             residual = residual * (1 + scale) + shift
-        residual = nn.gelu(nn.Dense(4 * width, dtype=self.dtype)(residual))
+        residual = nn.gelu(nn.Dense(self.mlp_ratio * width, dtype=self.dtype)(residual))
         residual = nn.Dense(width, dtype=self.dtype)(residual)
         return y + gate * residual.astype(jnp.float32)
 
@@ -103,5 +111,5 @@ class Head(nn.Module):
     ) -> Float[Array, "b l f"]:
         scale, shift = modulation(film, y.shape[-1], 2)
         (gain,) = modulation(film, self.features, 1)
-        y = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False)(y) * (1 + scale) + shift
+        y = modulated_norm(y, scale, shift)
         return nn.Dense(self.features, kernel_init=nn.initializers.zeros)(y) + gain * z

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from meanflow_audio_codec.errors import InputError
-from meanflow_audio_codec.models import codec, layers
+from meanflow_audio_codec.models import codec, layers, mixer_flow, transformer_flow
 from meanflow_audio_codec.models.codec import CodecModel
 from meanflow_audio_codec.models.conv_flow import ConvFlow
+from meanflow_audio_codec.models.mixer_flow import MixerFlow, TokenMixing
 from meanflow_audio_codec.models.mlp_flow import MlpFlow
+from meanflow_audio_codec.models.transformer_flow import BandAttention, TransformerFlow
 
 FEATURES, FRAMES, LATENTS = 8, 8, 4
 REACH = 3  # frames that one convolution of 7 taps sees on either side
@@ -58,7 +60,10 @@ def times(*values, dtype=np.float32):
 
 @pytest.mark.parametrize(
     ("backbone", "output", "quantizer", "dtype"),
-    [*itertools.product(codec.BACKBONES, ("x", "u"), ("fsq", "none"), ("float32",)), ("conv", "x", "fsq", "bfloat16")],
+    [
+        *itertools.product(codec.BACKBONES, ("x", "u"), ("fsq", "none"), ("float32",)),
+        *itertools.product(codec.BACKBONES, ("x",), ("fsq",), ("bfloat16",)),
+    ],
 )
 def test_shapes(backbone, output, quantizer, dtype):
     model = tiny(backbone=backbone, output=output, quantizer=quantizer, dtype=dtype)
@@ -99,18 +104,20 @@ def test_impossible_number_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize(
-    ("variant", "parts"),
+    ("variant", "encoder", "upsampler", "decoders"),
     [
-        ("Ti", {"encoder": 504_640, "upsampler": 307_584, "decoder": 766_592}),
-        ("S", {"encoder": 1_995_584, "upsampler": 1_733_120, "decoder": 3_739_648}),
+        ("Ti", 504_640, 307_584, (766_592, 763_008, 879_616, 864_128)),
+        ("S", 1_995_584, 1_733_120, (3_739_648, 3_728_896, 4_053_568, 4_031_872)),
     ],
 )
-def test_number_of_parameters(variant, parts):
-    """With 256 features and 64 latents: a change of size must be meant."""
-    params = shapes_of(CodecModel(features=256, variant=variant), jnp.zeros((1, 2, 256)))
-    assert {
-        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in params.items()
-    } == parts
+def test_number_of_parameters(variant, encoder, upsampler, decoders):
+    """With 256 features and 64 latents: a change of size must be meant, and no backbone wins by size."""
+    for backbone, decoder in zip(codec.BACKBONES, decoders, strict=True):
+        params = shapes_of(CodecModel(features=256, variant=variant, backbone=backbone), jnp.zeros((1, 2, 256)))
+        assert {
+            name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in params.items()
+        } == {"encoder": encoder, "upsampler": upsampler, "decoder": decoder}
+        assert encoder + upsampler + decoder < 1.1 * (encoder + upsampler + decoders[0])
 
 
 def test_backbones_differ_by_their_taps_alone():
@@ -124,9 +131,10 @@ def test_backbones_differ_by_their_taps_alone():
 # --- at the start
 
 
-def test_untrained_model_decodes_to_silence():
+@pytest.mark.parametrize("backbone", codec.BACKBONES)
+def test_untrained_model_decodes_to_silence(backbone):
     """The head is zero: x_hat = 0 for output "x", so u = z / clip(t, 0.05, 1) and one step from noise gives 0."""
-    model, z = tiny(), normal((3, FRAMES, FEATURES))
+    model, z = tiny(backbone=backbone), normal((3, FRAMES, FEATURES))
     t, r = times(1.0, 0.3, 0.02), times(0.0, 0.3, 0.01)
     cond = normal((3, FRAMES, 16), seed=1)
 
@@ -134,7 +142,7 @@ def test_untrained_model_decodes_to_silence():
     def init_and_flow(rng):
         params = model.init(rng, z, t, r, cond, method="flow")
         flow = lambda model: model.apply(params, z, t, r, cond, method="flow")
-        return flow(model), flow(tiny(output="u"))
+        return flow(model), flow(tiny(backbone=backbone, output="u"))
 
     u, raw = init_and_flow(jax.random.key(0))
     np.testing.assert_allclose(u, z / np.maximum(t, 0.05)[:, None, None], rtol=1e-6)
@@ -143,6 +151,8 @@ def test_untrained_model_decodes_to_silence():
 
 
 # --- derivatives
+
+FLOAT32_MODULES = (codec, layers, mixer_flow, transformer_flow)  # those that cast to float32
 
 
 class Float64Numpy:
@@ -159,7 +169,7 @@ class Float64Numpy:
 @pytest.mark.parametrize("backbone", codec.BACKBONES)
 def test_jvp_equals_the_central_difference(backbone, output, monkeypatch):
     """Along (v, 1, 0) in (z, t, r), on both sides of the clip at t = 0.05, in float64."""
-    for module in (layers, codec):
+    for module in FLOAT32_MODULES:
         monkeypatch.setattr(module, "jnp", Float64Numpy())
     with jax.enable_x64(True):
         model = tiny(backbone=backbone, output=output)
@@ -194,13 +204,27 @@ def test_time_features_are_slow(scale):
 # --- receptive fields: what is far away changes nothing, so that a chunk can equal the whole
 
 
-@pytest.fixture(scope="module", params=[(ConvFlow, 2 * REACH), (MlpFlow, 0)], ids=["conv", "mlp"])
-def decoder(request):
-    """A decoder `(z, t, h, cond) -> out` of 24 frames with random parameters, and its reach in frames."""
-    kind, reach = request.param
-    model, z, t = kind(width=16, depth=2, dtype=jnp.dtype("float32")), jnp.zeros((1, 24, FEATURES)), jnp.ones(1)
+# Decoders of two blocks, what frame 11 of 24 changes, and where a chunk begins: anywhere, or where a window does.
+DECODERS = {
+    "conv": (ConvFlow(16, 2), range(11 - 2 * REACH, 11 + 2 * REACH + 1), 11),
+    "mlp": (MlpFlow(16, 2), range(11, 12), 11),
+    "mixer": (MixerFlow(16, 2, window=8), range(4, 20), 16),  # [8, 16), then [4, 12) and [12, 20)
+    "transformer": (TransformerFlow(16, 2, reach=4), range(11 - 2 * 4, 11 + 2 * 4 + 1), 11),
+}
+
+
+def decoder_of(model):
+    """`(z, t, h, cond) -> out` with random parameters."""
+    z, t = jnp.zeros((1, 24, FEATURES)), jnp.ones(1)
     params = random_params(shapes_of(model, z, t, t, jnp.zeros((1, 24, 16))))
-    return jax.jit(functools.partial(model.apply, {"params": params})), reach
+    return jax.jit(functools.partial(model.apply, {"params": params}))
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
+    """A row of `DECODERS`, with random parameters."""
+    model, changes, begin = DECODERS[request.param]
+    return decoder_of(model), changes, begin
 
 
 def changed_frames(before, after):
@@ -209,20 +233,110 @@ def changed_frames(before, after):
 
 @pytest.mark.parametrize("which", ["z", "cond"])
 def test_decoder_looks_no_further_than_its_receptive_field(decoder, which):
-    apply, reach = decoder
+    apply, changes, _ = decoder
     z, cond = normal((1, 24, FEATURES)), normal((1, 24, 16), seed=1)
     t, h = times(0.8), times(0.5)
     inputs = {"z": z, "t": t, "h": h, "cond": cond}
     out, moved = apply(**inputs), apply(**inputs | {which: inputs[which].at[:, 11].add(1)})
-    assert changed_frames(out, moved) == set(range(11 - reach, 11 + reach + 1))
+    assert changed_frames(out, moved) == set(changes)
+
+
+def test_decoder_of_a_chunk_equals_that_of_the_whole(decoder):
+    """Given as many frames of context as one sees, and not without."""
+    apply, changes, begin = decoder
+    z, cond, t = normal((1, 96, FEATURES)), normal((1, 96, 16), seed=1), times(0.8)
+    end, context = 93, len(changes) - 1
+    whole, chunk = apply(z, t, t, cond), apply(z[:, begin:end], t, t, cond[:, begin:end])
+    kept = slice(begin + context, end - context)
+    np.testing.assert_allclose(chunk[:, context : end - begin - context], whole[:, kept], rtol=1e-4, atol=1e-5)
+    if context:
+        assert np.abs(chunk[:, 0] - whole[:, begin]).max() > 1e-2
 
 
 def test_batch_of_n_equals_n_batches_of_one(decoder):
-    apply, _ = decoder
+    apply, _, _ = decoder
     z, cond = normal((3, 24, FEATURES)), normal((3, 24, 16), seed=1)
     t, h = times(0.9, 0.5, 0.1), times(0.9, 0.2, 0.0)
     one_by_one = [apply(z[i : i + 1], t[i : i + 1], h[i : i + 1], cond[i : i + 1]) for i in range(3)]
     np.testing.assert_allclose(apply(z, t, h, cond), np.concatenate(one_by_one), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MixerFlow, TransformerFlow])
+def test_any_length_works_and_far_frames_change_nothing(kind):
+    """At the default window and reach of 32 frames, with lengths beside their multiples."""
+    apply, t = decoder_of(kind(16, 2)), times(0.8)
+    z, cond = normal((1, 160, FEATURES)), normal((1, 160, 16), seed=1)
+    whole = apply(z, t, t, cond)
+    for length in (1, 31, 32, 33, 100):
+        out = apply(z[:, :length], t, t, cond[:, :length])
+        assert out.shape == (1, length, FEATURES) and np.isfinite(out).all()
+        # What sees no frame beyond the cut: whole windows less half a one, or all but twice the reach.
+        alike = max(0, length // 32 * 32 - 16 if kind is MixerFlow else length - 64)
+        np.testing.assert_allclose(out[:, :alike], whole[:, :alike], rtol=1e-4, atol=1e-5)
+    sees_50 = range(16, 80) if kind is MixerFlow else range(0, 115)
+    changed = changed_frames(whole, apply(z.at[:, 50].add(1), t, t, cond))
+    assert set(range(34, 67)) <= changed <= set(sees_50)  # attention at the edge may round to nothing
+
+
+def test_shifted_frames_shift_the_transformers_output():
+    """Rotary positions are relative: away from the ends frames 5 later give the same 5 later, as in no other block."""
+    apply, t = decoder_of(TransformerFlow(16, 2, reach=4)), times(0.8)
+    z, cond = normal((1, 48, FEATURES)), normal((1, 48, 16), seed=1)
+    moved = apply(jnp.roll(z, 5, 1), t, t, jnp.roll(cond, 5, 1))
+    np.testing.assert_allclose(moved[:, 13:40], apply(z, t, t, cond)[:, 8:35], rtol=1e-4, atol=1e-5)
+
+
+def modulated_norm(y, film, dense):
+    """The beginning of a residual in numpy: modulated y [l d] and the gate, from the weights of its modulation."""
+    scale, shift, gate = np.split(film @ dense["kernel"] + dense["bias"], 3, axis=-1)
+    normed = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    return normed * (1 + scale) + shift, gate
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 37])
+def test_attention_equals_a_slow_loop(length, monkeypatch):
+    """Query by query over its band, positions counted from the file's begin as phases of complex numbers."""
+    monkeypatch.setattr(transformer_flow, "HEAD_WIDTH", 8)
+    model, reach, heads, width = BandAttention(reach=8), 8, 2, 8
+    y, film = normal((2, length, 16)), normal((2, length, layers.FILM_WIDTH), seed=1)
+    params = random_params(shapes_of(model, y, film))
+    out = np.asarray(model.apply({"params": params}, y, film))
+    p, y, film = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, y, film))
+    phases = np.exp(1j * np.outer(np.arange(length), 8.0 ** -(np.arange(4) / 3)))
+    rms_norm = lambda q, norm: q / np.sqrt((q**2).mean(-1, keepdims=True) + 1e-5) * norm["scale"]
+    for row in range(2):
+        normed, gate = modulated_norm(y[row], film[row], p["Dense_0"])
+        qkv = (normed @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]).reshape(length, 3, heads, width)
+        mixed = np.zeros((length, heads, width))
+        for head in range(heads):
+            q, k = (rms_norm(qkv[:, i, head], p[f"RMSNorm_{i}"]) for i in range(2))
+            q, k = ((part[:, :4] + 1j * part[:, 4:]) * phases for part in (q, k))
+            for i in range(length):
+                band = slice(max(0, i - reach), i + reach + 1)
+                weights = np.exp((q[i] * k[band].conj()).real.sum(-1) / np.sqrt(width))
+                mixed[i, head] = weights @ qkv[band, 2, head] / weights.sum()
+        residual = mixed.reshape(length, 16) @ p["Dense_2"]["kernel"] + p["Dense_2"]["bias"]
+        np.testing.assert_allclose(out[row], y[row] + gate * residual, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+@pytest.mark.parametrize("length", [1, 4, 8, 21])
+def test_token_mixing_equals_a_slow_loop(offset, length):
+    """Window by window with those frames of it that there are, so that nothing can come from beyond the ends."""
+    model = TokenMixing(window=8, offset=offset)
+    y, film = normal((2, length, 16)), normal((2, length, layers.FILM_WIDTH), seed=1)
+    params = random_params(shapes_of(model, y, film))
+    out = np.asarray(model.apply({"params": params}, y, film))
+    p, y, film = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, y, film))
+    for row in range(2):
+        normed, gate = modulated_norm(y[row], film[row], p["Dense_0"])
+        for begin in range(-offset, length, 8):
+            frames = np.arange(max(begin, 0), min(begin + 8, length))
+            hidden = p["Dense_1"]["kernel"][frames - begin].T @ normed[frames] + p["Dense_1"]["bias"][:, None]
+            hidden = np.asarray(jax.nn.gelu(hidden))
+            mixed = p["Dense_2"]["kernel"].T @ hidden + p["Dense_2"]["bias"][:, None]
+            expected = y[row, frames] + gate[frames] * mixed[frames - begin]
+            np.testing.assert_allclose(out[row, frames], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +378,9 @@ def test_condition_of_a_chunk_equals_that_of_the_whole(conditioner):
 # --- gradients
 
 
-def test_gradients_pass_the_quantizer_to_every_parameter():
-    model, x = tiny(), normal((2, FRAMES, FEATURES))
+@pytest.mark.parametrize("backbone", codec.BACKBONES)
+def test_gradients_pass_the_quantizer_to_every_parameter(backbone):
+    model, x = tiny(backbone=backbone), normal((2, FRAMES, FEATURES))
     params = random_params(shapes_of(model, x))
     t, r = times(1.0, 0.7), times(0.0, 0.7)
 
