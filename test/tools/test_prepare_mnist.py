@@ -217,7 +217,10 @@ def test_downloads_builds_and_then_does_nothing(run, server, files, idx_dir, tmp
 @pytest.mark.parametrize("interrupt", [signal.SIGKILL, signal.SIGINT])
 def test_starts_over_after_an_interruption(run, idx_dir, tmp_path, interrupt):
     folder = tmp_path / "out"
-    done = run("--output-dir", folder, "--idx-dir", idx_dir, code=f"os.kill(os.getpid(), {interrupt:d})")
+    # A shell's background jobs ignore SIGINT, and so would the tests of one.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"os.kill(os.getpid(), {interrupt:d})"
+    done = run("--output-dir", folder, "--idx-dir", idx_dir, code=code)
     if interrupt == signal.SIGINT:
         check_failed(done, "interrupted; the same command starts over", folder)
     else:
