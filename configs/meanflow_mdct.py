@@ -44,8 +44,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tokens.hop_length = 256
     tokens.exponent = 0.5  # sign(x) |x|^0.5: mean-flow targets need coefficients of one size
     tokens.eps = 1e-4
+    tokens.scale = "band"  # divide by the RMS of each band; none: leave as they are
 
-    config.input = ConfigDict()
+    config.input = ConfigDict({"name": "audio"})
     config.input.data_dir = arg.data_dir
     config.input.valid_dir = arg.valid_dir
     config.input.cache_dir = arg.cache_dir
@@ -69,11 +70,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.variant = arg.variant
     config.model.backbone = arg.backbone
     config.model.output = "x"
+    config.model.conditioning = "latent"
     config.model.quantizer = arg.quantizer
     config.model.fsq_levels = 4
     config.model.latent_dim = 64
     config.model.downsample = 2
+    config.model.times = "t_h"
     config.model.time_scale = 1.0
+    config.model.velocity_head = False
     config.model.dtype = "float32"
 
     config.objective = ConfigDict()
@@ -106,4 +110,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         type="reconstruction", num_clips=4 if short else 24, seconds=seconds, nfe=nfe, autoencoder="", **when
     )
     config.evals.samples = dict(type="sampling", num_clips=4, seconds=seconds, nfe=nfe, **when)
+    # In batches of one shape with the clips above, which share their compiled program.
+    few = 4 if short else 16
+    at_end = dict(first_steps=config.total_steps, every_steps=config.total_steps)
+    config.evals.tones = dict(type="tones", num_tones=few, seconds=seconds, nfe=nfe, **at_end)
+    config.evals.cost = dict(type="cost", num_examples=few, seconds=seconds, nfe=nfe, **at_end)
     return config.lock()

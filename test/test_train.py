@@ -42,23 +42,16 @@ TINY = {
     "evals.samples.num_clips": 1,
     "evals.samples.seconds": 0.3,
     "evals.samples.nfe": "(1,)",
+    "evals.tones.first_steps": 12,
+    "evals.tones.every_steps": 12,
+    "evals.tones.num_tones": 1,
+    "evals.tones.nfe": "(1,)",
+    "evals.cost.first_steps": 12,
+    "evals.cost.every_steps": 12,
+    "evals.cost.num_examples": 1,
+    "evals.cost.seconds": 0.3,
+    "evals.cost.nfe": "(1,)",
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Share compiled programs between the runs of this session, in whatever process."""
-    workers = tmp_path_factory.getbasetemp().parent  # shared, for each has a folder there
-    cache = workers / "compiled" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("compiled")
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def command(workdir, arg="runlocal", **overrides):
@@ -99,7 +92,7 @@ def finished(tmp_path_factory):
 def test_workdir_holds_the_whole_run(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.json", "metrics.jsonl", "timings.jsonl", "train.log", "report.html"),
+        *("config.json", "metrics.jsonl", "timings.jsonl", "train.log", "report.html", "cost.json"),
         *("checkpoints", "samples", "tensorboard"),
     }
     rows = read(finished)

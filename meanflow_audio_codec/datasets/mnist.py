@@ -48,12 +48,26 @@ def build_mnist_pipeline(
     Raises:
         InputError: A wrong field, or no such data in the folder.
     """
+    images, labels = read_split(data_dir, split)
+    return stream(images, labels, batch_size=batch_size, seed=seed, shard_index=shard_index, shard_count=shard_count)
+
+
+def stream(
+    images: UInt8[np.ndarray, "n 28 28 1"],
+    labels: Int32[np.ndarray, "n"],
+    *,
+    batch_size: int,
+    seed: int,
+    shard_index: int,
+    shard_count: int,
+) -> grain.IterDataset:
+    """Build the stream of `build_mnist_pipeline` from a split in memory, as `read_split` returns it."""
     if batch_size < 1:
         raise InputError(f"input.batch_size={batch_size}: choose 1 or more")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed={seed}: choose one from 0 to 4294967295")
     assert 0 <= shard_index < shard_count, (shard_index, shard_count)
-    batches = _Batches(*_read_split(data_dir, split), batch_size, seed, shard_index, shard_count)
+    batches = _Batches(images, labels, batch_size, seed, shard_index, shard_count)
     # No threads to read ahead: a batch costs less than handing it over.
     return grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
@@ -65,7 +79,7 @@ def load_mnist(
 
     The arguments and exceptions are those of `build_mnist_pipeline`.
     """
-    images, labels = _read_split(data_dir, split)
+    images, labels = read_split(data_dir, split)
     return _scale(images), labels
 
 
@@ -121,9 +135,10 @@ def _scale(images: UInt8[np.ndarray, "n 28 28 1"]) -> Float[np.ndarray, "n 28 28
     return images / np.float32(127.5) - np.float32(1.0)
 
 
-def _read_split(
+def read_split(
     data_dir: str | os.PathLike, split: str
 ) -> tuple[UInt8[np.ndarray, "n 28 28 1"], Int32[np.ndarray, "n"]]:
+    """Return all images of a split as bytes, and their labels, in the order of the files."""
     import tensorflow_datasets as tfds
     from PIL import Image
 

@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from meanflow_audio_codec.errors import InputError
-from meanflow_audio_codec.evaluators.common import Context
+from meanflow_audio_codec.evaluators.common import Context, decode
 from meanflow_audio_codec.evaluators.metrics import audio_metrics
 
 
@@ -29,25 +28,19 @@ class Evaluator:
         autoencoder: str,
     ):
         self._context, self._nfe = context, nfe
-        self._audio, _ = context.clips(num_clips, seconds)
+        self._clips, _ = context.examples(num_clips, seconds)
         self._autoencoder_mse = _newest_mse(autoencoder) if autoencoder else None
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
         """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels."""
-        size, rng = self._context.batch_size, jax.random.key(0)
-        reconstruct = self._context.predict_fns["reconstruct"]
         for nfe in self._nfe:
-            batches = [
-                jax.device_get(reconstruct(state, self._audio[i : i + size], rng, nfe))
-                for i in range(0, len(self._audio), size)
-            ]
-            decoded = np.concatenate([audio for audio, _ in batches])
-            x_mse = float(np.concatenate([mse for _, mse in batches]).mean())
+            decoded, errors = decode(self._context, state, self._clips, nfe)
+            x_mse = float(errors.mean())
             yield f"reconstruction/x_mse_nfe{nfe}", x_mse
             if self._autoencoder_mse is not None:
                 yield f"reconstruction/mse_ratio_nfe{nfe}", x_mse / self._autoencoder_mse
             scores = audio_metrics(
-                np.moveaxis(self._audio, 1, 2),
+                np.moveaxis(self._clips["audio"], 1, 2),
                 np.moveaxis(decoded, 1, 2),
                 self._context.sample_rate,
             )

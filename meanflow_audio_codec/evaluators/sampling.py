@@ -4,12 +4,11 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import soundfile
 from etils import epath
 
-from meanflow_audio_codec.evaluators.common import Context
+from meanflow_audio_codec.evaluators.common import Context, decode
 from meanflow_audio_codec.evaluators.report import draw_spectrograms
 
 
@@ -18,16 +17,15 @@ class Evaluator:
 
     def __init__(self, context: Context, num_clips: int, seconds: float, nfe: tuple[int, ...]):
         self._context, self._nfe = context, nfe
-        self._audio, self._names = context.clips(num_clips, seconds)
+        self._clips, self._names = context.examples(num_clips, seconds)
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
         """Write the files of `state.step`; yields nothing."""
         folder = epath.Path(self._context.workdir) / "samples" / str(int(state.step))
         folder.mkdir(parents=True, exist_ok=True)
-        reconstruct, rng = self._context.predict_fns["reconstruct"], jax.random.key(0)
-        versions = {"reference": self._audio}
+        versions = {"reference": self._clips["audio"]}
         for nfe in self._nfe:
-            versions[f"nfe{nfe:02d}"] = np.asarray(reconstruct(state, self._audio, rng, nfe)[0])
+            versions[f"nfe{nfe:02d}"] = decode(self._context, state, self._clips, nfe)[0]
         for i, name in enumerate(self._names):
             for label, audio in versions.items():
                 wav = io.BytesIO()

@@ -24,16 +24,21 @@ def time_features(t: Float[Array, "b"], scale: float) -> Float[Array, "b 64"]:
 
 
 class FilmEmbedding(nn.Module):
-    """Mix (t, h) and the frames' conditioning into the vector that modulates every block. Always float32."""
+    """Mix (t, h) and the frames' conditioning into the vector that modulates every block. Always float32.
 
+    `times` "h" leaves t out: the network must read the noise's level off z.
+    """
+
+    times: str = "t_h"
     time_scale: float = 1.0
 
     @nn.compact
     def __call__(
         self, t: Float[Array, "b"], h: Float[Array, "b"], cond: Float[Array, "b l d"]
     ) -> Float[Array, "b l w"]:
-        times = [time_features(t, self.time_scale), time_features(h, self.time_scale)]
-        hidden = nn.silu(nn.Dense(FILM_WIDTH)(jnp.concatenate(times, axis=-1)))
+        seen = {"t_h": (t, h), "h": (h,)}[self.times]
+        times = jnp.concatenate([time_features(time, self.time_scale) for time in seen], axis=-1)
+        hidden = nn.silu(nn.Dense(FILM_WIDTH)(times))
         mixed = nn.Dense(FILM_WIDTH)(hidden)[:, None] + nn.Dense(FILM_WIDTH)(cond.astype(jnp.float32))
         # Normalised, because the norm of a summed condition is known to run away under mean-flow targets.
         return nn.silu(nn.RMSNorm(epsilon=1e-5)(mixed))
@@ -113,3 +118,35 @@ class Head(nn.Module):
         (gain,) = modulation(film, self.features, 1)
         y = modulated_norm(y, scale, shift)
         return nn.Dense(self.features, kernel_init=nn.initializers.zeros)(y) + gain * z
+
+
+class Backbone(nn.Module):
+    """Map noised tokens, times and conditioning to tokens: film and stem, `depth` times `block`, head.
+
+    A subclass gives `block(i, y, film)`, the i-th block [b, l, d] -> [b, l, d]. With `velocity` the result is an
+    auxiliary head's on the same trunk, with parameters of its own.
+    """
+
+    width: int
+    depth: int
+    times: str = "t_h"
+    time_scale: float = 1.0
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(
+        self,
+        z: Float[Array, "b l f"],
+        t: Float[Array, "b"],
+        h: Float[Array, "b"],
+        cond: Float[Array, "b l d"],
+        velocity: bool = False,
+    ) -> Float[Array, "b l f"]:
+        film = FilmEmbedding(self.times, self.time_scale)(t, h, cond)
+        y = nn.Dense(self.width)(z) + nn.Dense(self.width, use_bias=False)(cond)
+        for i in range(self.depth):
+            y = self.block(i, y, film)
+        if velocity:
+            y = Block(dtype=self.dtype, name="velocity_block")(y, film)
+            return Head(z.shape[-1], name="velocity_head")(y, film, z)
+        return Head(z.shape[-1])(y, film, z)

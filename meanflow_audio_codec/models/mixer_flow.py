@@ -37,29 +37,14 @@ class TokenMixing(nn.Module):
         return y + gate * mixed.astype(jnp.float32)
 
 
-class MixerFlow(nn.Module):
-    """Map noised tokens, times and conditioning to tokens; each output sees at most `depth * window` frames.
+class MixerFlow(layers.Backbone):
+    """Each output sees at most `depth * window` frames.
 
     A frame's place in its window matters: a chunk equals the whole only if it begins at a multiple of `window`.
     """
 
-    width: int
-    depth: int
     window: int = 32
-    time_scale: float = 1.0
-    dtype: jnp.dtype = jnp.dtype("float32")
 
-    @nn.compact
-    def __call__(
-        self,
-        z: Float[Array, "b l f"],
-        t: Float[Array, "b"],
-        h: Float[Array, "b"],
-        cond: Float[Array, "b l d"],
-    ) -> Float[Array, "b l f"]:
-        film = layers.FilmEmbedding(self.time_scale)(t, h, cond)
-        y = nn.Dense(self.width)(z) + nn.Dense(self.width, use_bias=False)(cond)
-        for i in range(self.depth):
-            y = TokenMixing(self.window, i % 2 * (self.window // 2), self.dtype)(y, film)
-            y = layers.Block(kernel_size=1, dtype=self.dtype)(y, film)
-        return layers.Head(z.shape[-1])(y, film, z)
+    def block(self, i: int, y: Float[Array, "b l d"], film: Float[Array, "b l w"]) -> Float[Array, "b l d"]:
+        y = TokenMixing(self.window, i % 2 * (self.window // 2), self.dtype)(y, film)
+        return layers.Block(kernel_size=1, dtype=self.dtype)(y, film)

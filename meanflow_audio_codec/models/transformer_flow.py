@@ -67,26 +67,11 @@ def _beside(blocks: Float[Array, "b n p h e"]) -> Float[Array, "b n 3*p h e"]:
     return jnp.concatenate([padded[:, :-2], blocks, padded[:, 2:]], axis=2)
 
 
-class TransformerFlow(nn.Module):
-    """Map noised tokens, times and conditioning to tokens; each output sees `2 * depth * reach + 1` frames."""
+class TransformerFlow(layers.Backbone):
+    """Each output sees `2 * depth * reach + 1` frames."""
 
-    width: int
-    depth: int
     reach: int = 32
-    time_scale: float = 1.0
-    dtype: jnp.dtype = jnp.dtype("float32")
 
-    @nn.compact
-    def __call__(
-        self,
-        z: Float[Array, "b l f"],
-        t: Float[Array, "b"],
-        h: Float[Array, "b"],
-        cond: Float[Array, "b l d"],
-    ) -> Float[Array, "b l f"]:
-        film = layers.FilmEmbedding(self.time_scale)(t, h, cond)
-        y = nn.Dense(self.width)(z) + nn.Dense(self.width, use_bias=False)(cond)
-        for _ in range(self.depth):
-            y = BandAttention(self.reach, self.dtype)(y, film)
-            y = layers.Block(kernel_size=1, dtype=self.dtype, mlp_ratio=2)(y, film)
-        return layers.Head(z.shape[-1])(y, film, z)
+    def block(self, i: int, y: Float[Array, "b l d"], film: Float[Array, "b l w"]) -> Float[Array, "b l d"]:
+        y = BandAttention(self.reach, self.dtype)(y, film)
+        return layers.Block(kernel_size=1, dtype=self.dtype, mlp_ratio=2)(y, film)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from meanflow_audio_codec.errors import InputError
 
@@ -119,7 +119,7 @@ def average_velocity_jvp(
     )
 
 
-def flow_map_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int) -> Float[Array, "b *d"]:
+def flow_map_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int | Int[Array, ""]) -> Float[Array, "b *d"]:
     """Walk from noise to data in `nfe` jumps of equation (3), on the uniform grid from 1 to 0.
 
     With the exact average velocity every `nfe` lands on the same point; one step is
@@ -129,18 +129,18 @@ def flow_map_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int) -> 
         u_fn: Average velocity.
         z: Noise, the state at t = 1, float32.
         cond: Condition of each row, or None.
-        nfe: Number of network evaluations, a Python int >= 1. The program does not grow with it.
+        nfe: Number of network evaluations >= 1. The program does not grow with it; traced, one program serves all.
 
     Returns:
         The state at t = 0.
 
     Raises:
-        InputError: `nfe` < 1.
+        InputError: `nfe`, if a Python int, is below 1.
     """
     return _walk(u_fn, z, cond, nfe)
 
 
-def euler_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int) -> Float[Array, "b *d"]:
+def euler_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int | Int[Array, ""]) -> Float[Array, "b *d"]:
     """Integrate the instantaneous velocity u(z, t, t) from 1 to 0 by `nfe` Euler steps.
 
     For flow matching. Not `flow_map_sample`: here one step returns the mean of the data given
@@ -150,19 +150,20 @@ def euler_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int) -> Flo
         u_fn: Velocity; only called with r = t.
         z: Noise, the state at t = 1, float32.
         cond: Condition of each row, or None.
-        nfe: Number of network evaluations, a Python int >= 1. The program does not grow with it.
+        nfe: Number of network evaluations >= 1. The program does not grow with it; traced, one program serves all.
 
     Returns:
         The state at t = 0.
 
     Raises:
-        InputError: `nfe` < 1.
+        InputError: `nfe`, if a Python int, is below 1.
     """
     return _walk(lambda z, t, r, cond: u_fn(z, t, t, cond), z, cond, nfe)
 
 
-def _walk(u_fn: UFn, z: Array, cond: Any, nfe: int) -> Array:
-    if nfe < 1:
+def _walk(u_fn: UFn, z: Array, cond: Any, nfe: int | Array) -> Array:
+    static = isinstance(nfe, int)
+    if static and nfe < 1:
         raise InputError(f"nfe={nfe}: the number of network evaluations must be at least 1")
     ones = jnp.ones(len(z))
 
@@ -170,7 +171,7 @@ def _walk(u_fn: UFn, z: Array, cond: Any, nfe: int) -> Array:
         t, r = ones * (nfe - i) / nfe, ones * (nfe - i - 1) / nfe  # 1 and 0 come out exactly
         return z - per_row(t - r, z) * u_fn(z, t, r, cond)
 
-    if nfe == 1:  # a plain call, cheap to differentiate: a rung of training and the decoder itself
+    if static and nfe == 1:  # a plain call, cheap to differentiate: a rung of training and the decoder itself
         return step(0, z)
     return jax.lax.fori_loop(0, nfe, step, z)
 

@@ -10,7 +10,8 @@ for stop-gradient, the residual of a clip is
 
 (2) is flow matching on the straight path (arXiv 2210.02747), (3) equations 9-11 of MeanFlow (arXiv
 2505.13447), (4) equations 9-12 of improved MeanFlow (arXiv 2512.02012) with the boundary velocity
-as tangent. (3) and (4) are one residual: they differ in the tangent alone. (1) is the one-step
+as tangent, or with the velocity of an auxiliary head, which then adds its own error ||v_head - v||^2
+to the loss. (3) and (4) are one residual: they differ in the tangent alone. (1) is the one-step
 decoder of (3) and (4) with its noise switched off, so it learns the mean of the data given `cond`.
 
 The share `fm_fraction` of the rows of (3) and (4) has r = t and residual (2), which anchors
@@ -38,7 +39,7 @@ are raw: unweighted means over coefficients, in units of x squared. `v_mse` is (
 rows, `v_mse_t0_25` ... `v_mse_t75_100` the same in a quarter of t, `v_share_t0_25` ... the share of
 those rows that fall in it: an error over no rows is 0 and has share 0, so average with the shares
 as weights. `u_mse` is (3) or (4) over the other rows; `hdudt_over_u` is ||h du/dt|| / ||u|| over
-them, healthy below about 1.5. `x_mse` is (1).
+them, healthy below about 1.5. `x_mse` is (1). `v_head_mse` is the auxiliary head's error.
 """
 
 from collections.abc import Callable
@@ -80,32 +81,48 @@ def mean_flow(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyA
     return _mean_flow_loss(u_fn, x, cond, rng, cfg, _conditional_velocity)
 
 
-def improved_mean_flow(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
-    """Regress the average velocity, equation (4), with the derivative along u(z, t, t)."""
-    return _mean_flow_loss(u_fn, x, cond, rng, cfg, _boundary_velocity)
+def improved_mean_flow(
+    u_fn: flow.UFn,
+    x: Float[Array, "b ..."],
+    cond: Any,
+    rng: PRNGKeyArray,
+    cfg: Any,
+    v_fn: Callable[[Array, Array, Any], Array] | None = None,
+) -> Loss:
+    """Regress the average velocity, equation (4), with the derivative along u(z, t, t).
+
+    With `v_fn(z, t, cond)`, an auxiliary head, the derivative goes along its velocity instead, and the head learns by
+    its own weighted error over all rows (arXiv 2512.02012, appendix A).
+    """
+    return _mean_flow_loss(u_fn, x, cond, rng, cfg, _boundary_velocity, v_fn)
 
 
 OBJECTIVES = {f.__name__: f for f in (autoencoder, flow_matching, mean_flow, improved_mean_flow)}
 
 
-def _mean_flow_loss(u_fn: flow.UFn, x: Array, cond: Any, rng: PRNGKeyArray, cfg: Any, tangent: Tangent) -> Loss:
+def _mean_flow_loss(
+    u_fn: flow.UFn, x: Array, cond: Any, rng: PRNGKeyArray, cfg: Any, tangent: Tangent, v_fn: Callable | None = None
+) -> Loss:
     x, e, rng_t, rng_t_r = _draw(rng, x)
     n_fm = _num_fm_rows(cfg.fm_fraction, len(x))
     first, rest = slice(None, n_fm), slice(n_fm, None)
+    if v_fn is not None:
+        tangent = lambda u_fn, z, t, cond, v: jax.lax.stop_gradient(v_fn(z, t, cond)).astype(z.dtype)
 
     t = flow.sample_t(rng_t, n_fm, cfg)
     v_residual = _v_residual(u_fn, x[first], e[first], t, _rows(cond, first))
     t_mf, r_mf = flow.sample_t_r(rng_t_r, len(x) - n_fm, cfg)
     u_residual, hdudt_over_u = _u_residual(u_fn, x[rest], e[rest], t_mf, r_mf, _rows(cond, rest), tangent)
 
-    loss = jnp.mean(jnp.concatenate([_weighted(v_residual, cfg), _weighted(u_residual, cfg)]))
-    metrics = {
-        "loss": loss,
-        **_v_metrics(v_residual, t),
-        "u_mse": _mean(u_residual**2),
-        "hdudt_over_u": hdudt_over_u,
-    }
-    return loss, jax.lax.stop_gradient(metrics)
+    terms = jnp.concatenate([_weighted(v_residual, cfg), _weighted(u_residual, cfg)])
+    metrics = {**_v_metrics(v_residual, t), "u_mse": _mean(u_residual**2), "hdudt_over_u": hdudt_over_u}
+    if v_fn is not None:
+        times = jnp.concatenate([t, t_mf])
+        head_residual = v_fn(flow.interpolate(x, e, times), times, cond) - (e - x)
+        terms += _weighted(head_residual, cfg)
+        metrics["v_head_mse"] = _mean(head_residual**2)
+    loss = jnp.mean(terms)
+    return loss, jax.lax.stop_gradient({"loss": loss, **metrics})
 
 
 def _v_residual(u_fn: flow.UFn, x: Array, e: Array, t: Array, cond: Any) -> Array:

@@ -6,13 +6,13 @@ together, and only then draw the next batch. All that belongs to a saved step is
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +22,11 @@ from ml_collections import ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from meanflow_audio_codec import configuration
-from meanflow_audio_codec.datasets import pipeline, run_files
-from meanflow_audio_codec.datasets.run_files import RunFiles
+from meanflow_audio_codec.datasets.inputs import INPUTS, AudioInput, MnistInput, signals
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.evaluators import common as evaluators
 from meanflow_audio_codec.evaluators.report import write_report
+from meanflow_audio_codec.models.classifier import Classifier
 from meanflow_audio_codec.models.codec import CodecModel
 from meanflow_audio_codec.models.train_state import TrainState
 from meanflow_audio_codec.preprocessing import scaling
@@ -38,7 +38,6 @@ from meanflow_audio_codec.trainers.objectives import OBJECTIVES
 from meanflow_audio_codec.trainers.optimizers import make_optimizer
 
 log = logging.getLogger(__name__)
-FILES = "files.jsonl"  # in the workdir
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -63,35 +62,44 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         raise InputError(f"input.batch_size={batch_size} is not divisible by {mesh.size} devices; choose a multiple")
 
     ################################################ Input
-    tokenizer = _build("tokens", TOKENIZERS, config.tokens)
-    segment_samples = _segment_samples(config, tokenizer)
-    files = _find_files(config, segment_samples, workdir)
-    loader = _training_data(config, segment_samples, files, config.seed)
-    steps_per_epoch = _steps_per_epoch(config, segment_samples, files)
-    total_steps = configuration.duration_steps(config, "total", batch_size, steps_per_epoch, None)
-    every = lambda spec, name: configuration.duration_steps(spec, name, batch_size, steps_per_epoch, total_steps)
+    classifying = config.objective.name == "classification"
+    tokenizer = None if classifying else _build("tokens", TOKENIZERS, config.tokens)
+    source = _open_input(config, tokenizer, workdir)
+    total_steps = configuration.duration_steps(config, "total", batch_size, source.steps_per_epoch, None)
+    every = lambda spec, name: configuration.duration_steps(spec, name, batch_size, source.steps_per_epoch, total_steps)
 
     ################################################ Model and optimizer
-    features = tokenizer.num_features(config.input.channels)
-    model = CodecModel(features=features, **_checked_fields("model", CodecModel, config.model))
-    tx, schedule = make_optimizer(config, total_steps, steps_per_epoch)
+    if classifying:
+        model = Classifier(**_checked_fields("model", Classifier, config.model))
+        loss_fn, predict_fns = training_steps.classifier_loss(model), training_steps.classifier_predict_fns(model)
+        features, example = 1, (jnp.zeros((1, 28, 28, 1)),)
+    else:
+        features = tokenizer.num_features(source.segment[1])
+        model = CodecModel(features=features, **_checked_fields("model", CodecModel, config.model))
+        loss_fn = training_steps.codec_loss(model, tokenizer, config)
+        predict_fns = training_steps.codec_predict_fns(model, tokenizer, config)
+        example = (jnp.zeros((1, tokenizer.num_tokens(source.segment[0]), features)), jnp.zeros(1, jnp.int32))
+    tx, schedule = make_optimizer(config, total_steps, source.steps_per_epoch)
 
     @jax.jit
     def init(rng, scale):
-        x = jnp.zeros((1, config.input.num_tokens, features))
-        return TrainState.create(model.init(rng, x)["params"], tx, scale)
+        return TrainState.create(model.init(rng, *example)["params"], tx, scale)
 
     state = init(jax.random.key(config.seed), jnp.ones(features))
-    train_step = training_steps.make_train_step(model, tokenizer, tx, config)
-    segment = (batch_size, segment_samples, config.input.channels)
-    jax.eval_shape(train_step, state, {"audio": jax.ShapeDtypeStruct(segment, jnp.float32)})  # finds a wrong field
-    predict_fns = training_steps.make_predict_fns(model, tokenizer, config)
+    train_step = training_steps.make_train_step(loss_fn, tx, config.ema.decay)
+    batch_like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batched), source.batch)
+    jax.eval_shape(train_step, state, batch_like, config.seed)  # finds a wrong field
 
     ################################################ Evaluators
-    def clips(num_clips: int, seconds: float) -> tuple[np.ndarray, list[str]]:
-        return _evaluation_clips(config, tokenizer, files, num_clips, seconds)
-
-    context = evaluators.Context(predict_fns, clips, config.input.sample_rate, batch_size, workdir)
+    context = evaluators.Context(
+        predict_fns,
+        examples=source.examples,
+        sample_rate=source.sample_rate,
+        batch_size=batch_size,
+        workdir=workdir,
+        lower_train_step=lambda state: train_step.lower(state, batch_like, config.seed),
+        load_classifier=load_classifier,
+    )
     evals = [
         (every(spec, "first"), every(spec, "every"), evaluator)
         for spec, evaluator in evaluators.from_config(config.evals, context)
@@ -99,13 +107,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     log_steps, checkpoint_steps = every(config, "log"), every(config, "checkpoint")
 
     ################################################ Restore: own checkpoint, another run's, its parameters, or scratch
-    data = iter(loader)
+    data = iter(source.stream(config.seed))
     if newest_step(workdir) is not None:
         state = restore(workdir, "--workdir", state, data)
     elif config.resume:
         state = restore(config.resume, "resume", state, data)
     else:
-        state = state.replace(scale=_measure_scale(config, tokenizer, segment_samples, files))
+        if not classifying:
+            state = state.replace(scale=_measure_scale(config, tokenizer, source))
         if config.init_from:
             params = restore(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
             state = state.replace(params=params, ema_params=params)
@@ -115,22 +124,21 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     ################################################ Workdir: from here on things are written
     workdir.mkdir(parents=True, exist_ok=True)
     configuration.save(config, workdir / "config.json")
-    if files is not None:
-        run_files.write_record(workdir / FILES, files)
+    source.save(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_logging_to(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, first_step)))
-        _announce(config, tokenizer, state, files, first_step, total_steps)
+        _announce(config, source, state, first_step, total_steps)
 
         ############################################ Loop
         progress = stack.enter_context(contextlib.closing(Progress(first_step, total_steps, batch_size)))
         stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
         for step in range(first_step + 1, total_steps + 1):
             with progress.waiting(state.step):
-                audio = next(data)["audio"]
-            batch = {"audio": jax.make_array_from_process_local_data(batched, audio)}
-            state, metrics = train_step(state, batch)
+                batch = next(data)
+            batch = {name: jax.make_array_from_process_local_data(batched, rows) for name, rows in batch.items()}
+            state, metrics = train_step(state, batch, config.seed)
             progress.advance()
 
             last = step == total_steps
@@ -173,10 +181,26 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
         )
 
 
+def load_classifier(workdir: str) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
+    """Return the classifier trained in `workdir` as a function from images [b, 28, 28, 1] to logits and features."""
+    folder = epath.Path(workdir).expanduser()
+    if not (folder / "config.json").exists():
+        raise InputError(f"classifier: {workdir} holds no run; train one by configs/mnist_classifier.py")
+    spec = json.loads((folder / "config.json").read_text())
+    if spec["objective"]["name"] != "classification":
+        raise InputError(f"classifier: {workdir} holds no classifier; train one by configs/mnist_classifier.py")
+    model = Classifier(**spec["model"])
+    template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    params = restore(workdir, "classifier", {"ema_params": template})["ema_params"]
+    return functools.partial(jax.jit(model.apply), {"params": params})
+
+
 def _check_objective(config: ConfigDict) -> None:
     name = config.objective.name
-    if name not in OBJECTIVES:
-        raise InputError(f"objective.name is {name!r}; choose one of {', '.join(OBJECTIVES)}")
+    if name not in (*OBJECTIVES, "classification"):
+        raise InputError(f"objective.name is {name!r}; choose one of {', '.join(OBJECTIVES)} or classification")
+    if config.model.get("velocity_head") and name != "improved_mean_flow":
+        raise InputError(f"model.velocity_head serves objective improved_mean_flow; {name} has no use for it")
     for key, spec in config.evals.items():
         evaluations = spec.get("nfe", (1,))
         if min(evaluations) < 1:
@@ -185,78 +209,36 @@ def _check_objective(config: ConfigDict) -> None:
             raise InputError(f"evals.{key}.nfe={evaluations}: an autoencoder decodes by one evaluation; set it to (1,)")
 
 
-def _segment_samples(config: ConfigDict, tokenizer: Any) -> int:
-    num_tokens = config.input.num_tokens
-    if num_tokens < 1 or num_tokens % max(1, config.model.downsample):
-        raise InputError(f"input.num_tokens={num_tokens} is not a positive multiple of model.downsample")
-    return tokenizer.segment_samples(num_tokens)
-
-
-def _find_files(config: ConfigDict, segment_samples: int, workdir: epath.Path) -> RunFiles | None:
-    """Return the run's files, None for synthetic music; a run that is continued keeps those that it began with."""
-    if not config.input.data_dir:
-        return None
+def _open_input(config: ConfigDict, tokenizer: Any, workdir: epath.Path) -> AudioInput | MnistInput:
+    """Return the data; a run that is continued keeps what it began with."""
+    name = config.input.name
+    if name not in INPUTS:
+        raise InputError(f"input.name is {name!r}; choose one of {', '.join(INPUTS)}")
+    continues = None
     if newest_step(workdir) is not None:
-        return run_files.recall_files(config.input, workdir / FILES)
-    if config.resume:
-        return run_files.recall_files(config.input, epath.Path(config.resume).expanduser() / FILES)
-    return run_files.find_files(config.input, segment_samples, workdir / FILES)
+        continues = workdir
+    elif config.resume:
+        continues = epath.Path(config.resume).expanduser()
+    return INPUTS[name](config, tokenizer, workdir, continues)
 
 
-def _training_data(config: ConfigDict, segment_samples: int, files: RunFiles | None, seed: int) -> grain.IterDataset:
-    """Return the stream of training batches."""
-    spec = config.input
-    return pipeline.build_audio_pipeline(
-        data_dir=files and files.train,
-        weights=tuple(spec.weights),
-        sample_rate=spec.sample_rate,
-        segment_samples=segment_samples,
-        batch_size=spec.batch_size // jax.process_count(),
-        seed=seed,
-        channels=spec.channels,
-        gain_db=tuple(spec.gain_db),
-        polarity=spec.polarity,
-        silence_db=spec.silence_db,
-        short_files=spec.short_files,
-        bad_files=spec.bad_files,
-        cache_dir=spec.cache_dir,
-        read_threads=spec.read_threads,
-        read_processes=spec.read_processes,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
+def _measure_scale(config: ConfigDict, tokenizer: Any, source: AudioInput | MnistInput) -> jax.Array:
+    """Return each feature's RMS after companding, over at least 256 training examples drawn for this alone.
 
-
-def _steps_per_epoch(config: ConfigDict, segment_samples: int, files: RunFiles | None) -> int | None:
-    """Return the steps of an epoch, None for synthetic music."""
-    if files is None:
-        return None
-    segments = pipeline.segments_per_epoch(files.train, config.input.sample_rate, segment_samples)
-    return max(1, segments // config.input.batch_size)
-
-
-def _evaluation_clips(
-    config: ConfigDict, tokenizer: Any, files: RunFiles | None, num_clips: int, seconds: float
-) -> tuple[np.ndarray, list[str]]:
-    """Return fixed clips of about `seconds`, of a length that fills whole latents."""
-    step = config.model.downsample
-    num_tokens = step * round(seconds * config.input.sample_rate / tokenizer.samples_per_token / step)
-    return pipeline.eval_clips(
-        files=files and [file for folder in files.valid for file in folder],
-        sample_rate=config.input.sample_rate,
-        segment_samples=tokenizer.segment_samples(max(step, num_tokens)),
-        num_clips=num_clips,
-        channels=config.input.channels,
-        seed=0,  # the same clips for every run
-    )
-
-
-def _measure_scale(config: ConfigDict, tokenizer: Any, segment_samples: int, files: RunFiles | None) -> jax.Array:
-    """Return each feature's RMS after companding, over at least 256 training segments drawn for this alone."""
-    data = iter(_training_data(config, segment_samples, files, config.seed ^ 1))
-    audio = np.concatenate([next(data)["audio"] for _ in range(-(-256 // config.input.batch_size))])
-    tokens = scaling.compand(tokenizer.tokenize(jnp.asarray(audio)), config.tokens.exponent, config.tokens.eps)
-    return scaling.band_scale(tokens, tokenizer.bands(config.input.channels, config.input.sample_rate))
+    With `tokens.scale` "none" it is 1, and the tokens are what the transform makes of the signal.
+    """
+    samples, channels = source.segment
+    match config.tokens.scale:
+        case "none":
+            return jnp.ones(tokenizer.num_features(channels))
+        case "band":
+            data = iter(source.stream(config.seed ^ 1))
+            batches = [signals(next(data)) for _ in range(-(-256 // config.input.batch_size))]
+            tokens = tokenizer.tokenize(jnp.asarray(np.concatenate(batches)))
+            tokens = scaling.compand(tokens, config.tokens.exponent, config.tokens.eps)
+            return scaling.band_scale(tokens, tokenizer.bands(channels, source.sample_rate))
+        case name:
+            raise InputError(f"tokens.scale is {name!r}; choose band or none")
 
 
 def _build(group: str, classes: dict[str, type], spec: ConfigDict) -> Any:
@@ -291,27 +273,24 @@ def _logging_to(workdir: epath.Path) -> Iterator[None]:
 
 
 def _announce(
-    config: ConfigDict, tokenizer: Any, state: TrainState, files: RunFiles | None, first_step: int, total_steps: int
+    config: ConfigDict, source: AudioInput | MnistInput, state: TrainState, first_step: int, total_steps: int
 ) -> None:
     """Log what is about to happen, the data first."""
-    if files is None:
-        log.info("data: built-in synthetic music; input.data_dir trains on a folder of audio")
-    else:
-        counts = []
-        for folders in (files.train, files.valid):
-            found = [file for folder in folders for file in folder]
-            counts += [len(found), sum(file.duration for file in found) / 3600]
-        log.info("data: %s: %d files, %.2f h to train; %d files, %.2f h to validate", config.input.data_dir, *counts)
-    token_rate = config.input.sample_rate / tokenizer.samples_per_token
-    code = "no quantizer"
-    if config.model.quantizer == "fsq":
-        bits = config.model.latent_dim * math.log2(config.model.fsq_levels)
-        code = f"{token_rate / config.model.downsample * bits / 1000:.2f} kbps"
+    log.info("data: %s", source.describe())
+    model = config.model
+    task = config.objective.name
+    if task != "classification":
+        task += {
+            "latent": f", {model.quantizer} code",
+            "label": ", given the label",
+            "none": ", given nothing",
+        }[model.conditioning]
+        if model.conditioning == "latent" and model.quantizer == "fsq":
+            task += f" of {source.rate(model.latent_dim * math.log2(model.fsq_levels))}"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info(
-        "%s, %.2f M parameters, %.2f tokens/s, %s; steps %d to %d on %d %s",
-        *(config.objective.name, parameters / 1e6, token_rate, code),
-        *(first_step + 1, total_steps, jax.device_count(), jax.default_backend()),
+        "%s, %.2f M parameters; steps %d to %d on %d %s",
+        *(task, parameters / 1e6, first_step + 1, total_steps, jax.device_count(), jax.default_backend()),
     )
 
 

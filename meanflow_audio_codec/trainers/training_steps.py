@@ -1,7 +1,7 @@
-"""The jitted steps: one update, and what evaluators may ask of the model.
+"""The jitted steps: one update, and what evaluators may ask of the model; for the codec and for the classifier.
 
-audio [b, s, c] -> tokenize -> compand, scale -> x [b, l, f] -> condition -> objective(u, x, cond)
-x -> condition -> sampler(u, noise, cond) -> x_hat -> unscale, expand -> detokenize -> audio
+signal [b, s, c] -> tokenize -> compand, scale -> x [b, l, f] -> condition -> objective(u, x, cond)
+x -> condition -> sampler(u, noise, cond) -> x_hat -> unscale, expand -> detokenize -> signal
 """
 
 import functools
@@ -11,17 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 from ml_collections import ConfigDict
 
+from meanflow_audio_codec.datasets.inputs import Tokenizer, signals
+from meanflow_audio_codec.models.classifier import Classifier
 from meanflow_audio_codec.models.codec import CodecModel
 from meanflow_audio_codec.models.train_state import TrainState, ema_update
 from meanflow_audio_codec.preprocessing import scaling
-from meanflow_audio_codec.preprocessing.tokenizers import MdctTokenizer, ReshapeTokenizer
 from meanflow_audio_codec.trainers import flow
 from meanflow_audio_codec.trainers.objectives import OBJECTIVES
 
-Tokenizer = MdctTokenizer | ReshapeTokenizer
+Batch = dict[str, Array]
+# loss_fn(params, scale [f], batch, rng) -> (loss, metrics)
+LossFn = Callable[[Any, Array, Batch, PRNGKeyArray], tuple[Float[Array, ""], dict[str, Array]]]
 
 # How each objective's network decodes: the walk, and whether it starts from noise or, as the autoencoder, from zero.
 SAMPLERS = {
@@ -33,21 +36,16 @@ SAMPLERS = {
 
 
 def make_train_step(
-    model: CodecModel, tokenizer: Tokenizer, tx: optax.GradientTransformation, config: ConfigDict
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """Return `train_step(state, batch) -> (state, metrics)`, a pure function: its randomness is fold_in(seed, step)."""
-    objective = OBJECTIVES[config.objective.name]
+    loss_fn: LossFn, tx: optax.GradientTransformation, ema_decay: float
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]:
+    """Return `train_step(state, batch, seed) -> (state, metrics)`, jitted, pure: its randomness is fold_in(seed, step).
 
-    def loss_fn(params: Any, x: Array, rng: PRNGKeyArray):
-        # The code is computed once, outside the objective's JVP: along the path it is constant.
-        cond, code_metrics = _apply(model, params, "condition")(x)
-        loss, metrics = objective(_apply(model, params, "flow"), x, cond, rng, config.objective)
-        return loss, metrics | {f"code_{name}": value for name, value in code_metrics.items()}
+    The seed is an argument, for runs that differ in it alone to share one compiled program.
+    """
 
-    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        x = to_tokens(batch["audio"], state.scale, tokenizer, config)
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params, x, rng)
+    def train_step(state: TrainState, batch: Batch, seed: int | Int[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params, state.scale, batch, rng)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norms = {"grad": gradients, "param": params, "update": updates}
@@ -55,7 +53,7 @@ def make_train_step(
         state = state.replace(
             step=state.step + 1,
             params=params,
-            ema_params=ema_update(state.ema_params, params, state.step, config.ema.decay),
+            ema_params=ema_update(state.ema_params, params, state.step, ema_decay),
             opt_state=opt_state,
         )
         return state, metrics
@@ -64,41 +62,86 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=() if jax.default_backend() == "cpu" else 0)
 
 
-def make_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> dict[str, Callable]:
-    """Return what evaluators call, all with the averaged parameters.
+def codec_loss(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> LossFn:
+    """Return the loss of `config.objective` for the codec."""
+    objective = OBJECTIVES[config.objective.name]
 
-    `loss(state, audio, rng)`: the objective's raw metrics.
-    `reconstruct(state, audio, rng, nfe)`: decoded audio [b, s, c], and the squared error of each clip's tokens [b].
+    def loss_fn(params: Any, scale: Array, batch: Batch, rng: PRNGKeyArray):
+        x = to_tokens(signals(batch), scale, tokenizer, config)
+        # The code is computed once, outside the objective's JVP: along the path it is constant.
+        cond, code_metrics = _apply(model, params, "condition")(x, batch.get("label"))
+        heads = {"v_fn": _apply(model, params, "velocity")} if model.velocity_head else {}
+        loss, metrics = objective(_apply(model, params, "flow"), x, cond, rng, config.objective, **heads)
+        return loss, metrics | {f"code_{name}": value for name, value in code_metrics.items()}
+
+    return loss_fn
+
+
+def codec_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> dict[str, Callable]:
+    """Return what evaluators call, all jitted and with the averaged parameters.
+
+    `loss(state, batch, rng)`: the objective's raw metrics.
+    `reconstruct(state, batch, seeds, nfe)`: decoded signals [b, s, c], and the squared error of each one's tokens [b].
+        Row i's noise is a function of seeds[i]. Without a code this is a sample that may know the label. One program
+        serves every nfe.
+    `condition(state, batch)`: what the decoder knows, [b, l, d].
+    `flow(state, z, t, r, cond)`: one evaluation, u [b, l, f].
     """
-    name = config.objective.name
+    loss_fn = codec_loss(model, tokenizer, config)
+    sampler, temperature = SAMPLERS[config.objective.name]
 
     @jax.jit
-    def loss(state: TrainState, audio: Float[Array, "b s c"], rng: PRNGKeyArray):
-        x = to_tokens(audio, state.scale, tokenizer, config)
-        cond, code_metrics = _apply(model, state.ema_params, "condition")(x)
-        u_fn = _apply(model, state.ema_params, "flow")
-        _, metrics = OBJECTIVES[name](u_fn, x, cond, rng, config.objective)
-        return metrics | {f"code_{key}": value for key, value in code_metrics.items()}
+    def loss(state: TrainState, batch: Batch, rng: PRNGKeyArray):
+        return loss_fn(state.ema_params, state.scale, batch, rng)[1]
 
-    @functools.partial(jax.jit, static_argnames="nfe")
-    def reconstruct(state: TrainState, audio: Float[Array, "b s c"], rng: PRNGKeyArray, nfe: int):
-        x = to_tokens(audio, state.scale, tokenizer, config)
-        cond, _ = _apply(model, state.ema_params, "condition")(x)
-        sampler, temperature = SAMPLERS[name]
-        z = jnp.broadcast_to(temperature * frame_noise(rng, *x.shape[1:]), x.shape)
-        x_hat = sampler(_apply(model, state.ema_params, "flow"), z, cond, nfe)
+    @jax.jit
+    def condition(state: TrainState, batch: Batch) -> Float[Array, "b l d"]:
+        x = to_tokens(signals(batch), state.scale, tokenizer, config)
+        return _apply(model, state.ema_params, "condition")(x, batch.get("label"))[0]
+
+    @jax.jit
+    def u(state: TrainState, z: Array, t: Array, r: Array, cond: Array) -> Float[Array, "b l f"]:
+        return _apply(model, state.ema_params, "flow")(z, t, r, cond)
+
+    @jax.jit
+    def reconstruct(state: TrainState, batch: Batch, seeds: UInt32[Array, "b"], nfe: Array):
+        signal = signals(batch)
+        x = to_tokens(signal, state.scale, tokenizer, config)
+        noise = lambda seed: frame_noise(jax.random.key(seed), *x.shape[1:])
+        z = temperature * jax.vmap(noise)(seeds)
+        x_hat = sampler(_apply(model, state.ema_params, "flow"), z, condition(state, batch), nfe)
         tokens = scaling.denormalize(x_hat, state.scale, config.tokens.exponent, config.tokens.eps)
-        decoded = tokenizer.detokenize(tokens, audio.shape[1], audio.shape[2])
+        decoded = tokenizer.detokenize(tokens, *signal.shape[1:])
         return decoded, jnp.mean((x_hat - x) ** 2, axis=(1, 2))
 
-    return {"loss": loss, "reconstruct": reconstruct}
+    return {"loss": loss, "reconstruct": reconstruct, "condition": condition, "flow": u}
+
+
+def classifier_loss(model: Classifier) -> LossFn:
+    """Return the cross entropy of the labels."""
+
+    def loss_fn(params: Any, scale: Array, batch: Batch, rng: PRNGKeyArray):
+        logits, _ = model.apply({"params": params}, batch["image"])
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]))
+        accuracy = 100 * jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+        return loss, {"loss": loss, "accuracy_percent": accuracy}
+
+    return loss_fn
+
+
+def classifier_predict_fns(model: Classifier) -> dict[str, Callable]:
+    """Return `loss(state, batch, rng)`, the metrics, and `classify(state, image) -> (logits, features)`, jitted."""
+    loss_fn = classifier_loss(model)
+    loss = jax.jit(lambda state, batch, rng: loss_fn(state.ema_params, state.scale, batch, rng)[1])
+    classify = jax.jit(lambda state, image: model.apply({"params": state.ema_params}, image))
+    return {"loss": loss, "classify": classify}
 
 
 def to_tokens(
-    audio: Float[Array, "b s c"], scale: Float[Array, "f"], tokenizer: Tokenizer, config: ConfigDict
+    signal: Float[Array, "b s c"], scale: Float[Array, "f"], tokenizer: Tokenizer, config: ConfigDict
 ) -> Float[Array, "b l f"]:
-    """Tokenize, compand and scale audio to x, the flow's data."""
-    return scaling.normalize(tokenizer.tokenize(audio), scale, config.tokens.exponent, config.tokens.eps)
+    """Tokenize, compand and scale a signal to x, the flow's data."""
+    return scaling.normalize(tokenizer.tokenize(signal), scale, config.tokens.exponent, config.tokens.eps)
 
 
 def frame_noise(rng: PRNGKeyArray, num_frames: int, features: int) -> Float[Array, "l f"]:

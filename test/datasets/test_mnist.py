@@ -1,6 +1,5 @@
 """The MNIST stream: every example once an epoch, exact resume, shards; damaged data is named. On a data set of 70."""
 
-import io
 import itertools
 import json
 import shlex
@@ -35,33 +34,11 @@ def label(i):
     return 7 * i % 10
 
 
-def write_mnist(data_dir):
-    """A small data set as TFDS writes MNIST, of two files for the training split."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    from PIL import Image
-
-    features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
-    folder = data_dir / VERSION
-    folder.mkdir(parents=True)
-    identity = tfds.core.DatasetIdentity(
-        name="mnist", version=tfds.core.Version(VERSION.name), data_dir=str(folder), module_name="test"
-    )
-    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=30, overwrite=False, file_format="array_record")
-    writer.initialize_splits(list(COUNTS))
-    for split, count in COUNTS.items():
-        for i in range(count):
-            png = io.BytesIO()
-            Image.fromarray(picture(split, i)).save(png, "PNG")
-            png.seek(0)
-            writer.add_examples({split: [{"image": png, "label": label(i)}]})
-    writer.close_all()
-
-
 @pytest.fixture(scope="module")
-def mnist(tmp_path_factory):
+def mnist(write_mnist, tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("mnist")
-    write_mnist(data_dir)
+    splits = {split: [picture(split, i) for i in range(count)] for split, count in COUNTS.items()}
+    write_mnist(data_dir, {split: (images, map(label, range(len(images)))) for split, images in splits.items()})
     return data_dir
 
 

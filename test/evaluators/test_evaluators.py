@@ -26,23 +26,25 @@ class Network:
     def __init__(self, decode=lambda audio, nfe: audio, losses=()):
         self.decode, self.losses, self.calls = decode, iter(losses), []
 
-    def reconstruct(self, state, audio, rng, nfe):
-        self.calls.append((len(audio), jax.random.key_data(rng).tolist(), nfe))
+    def reconstruct(self, state, batch, seeds, nfe):
+        audio = batch["audio"]
+        self.calls.append((len(audio), seeds.tolist(), nfe))
         decoded = self.decode(np.asarray(audio), nfe)
         return decoded, np.mean((decoded - audio) ** 2, axis=(1, 2))
 
-    def loss(self, state, audio, rng):
+    def loss(self, state, batch, rng):
+        audio = batch["audio"]
         self.calls.append((len(audio), jax.random.key_data(rng).tolist(), float(audio.sum())))
         return next(self.losses)
 
 
 def context(network, workdir="", channels=1, batch_size=2):
-    def clips(num_clips, seconds):
+    def examples(num_clips, seconds):
         assert seconds == 0.3
-        return music(num_clips, channels), [f"clip {i}" for i in range(num_clips)]
+        return {"audio": music(num_clips, channels)}, [f"clip {i}" for i in range(num_clips)]
 
     predict_fns = {"reconstruct": network.reconstruct, "loss": network.loss}
-    return common.Context(predict_fns, clips, RATE, batch_size, workdir)
+    return common.Context(predict_fns, examples, RATE, batch_size, workdir, None, None)
 
 
 def reconstruct(network, nfe=(1,), autoencoder="", num_clips=3, channels=1):
@@ -125,7 +127,7 @@ def test_each_nfe_gets_its_own_scores_and_every_clip_counts():
     np.testing.assert_allclose(scores["reconstruction/x_mse_nfe1"], 1 / 3, rtol=1e-5)
     np.testing.assert_allclose(scores["reconstruction/x_mse_nfe2"], 4 / 3, rtol=1e-5)
     assert [(size, nfe) for size, _, nfe in network.calls] == [(2, 1), (1, 1), (2, 2), (1, 2)]
-    assert len({tuple(key) for _, key, _ in network.calls}) == 1  # one noise for all
+    assert [seeds for _, seeds, _ in network.calls] == [[0, 1], [2]] * 2  # each clip has its own noise, always the same
 
 
 def test_channels_are_scored_apart():
@@ -199,11 +201,13 @@ def test_from_config_builds_each_type_without_its_schedule(tmp_path):
             "a": {"type": "validation", "batches": 1, "seconds": 0.3} | when,
             "b": {"type": "reconstruction", "num_clips": 1, "seconds": 0.3, "nfe": (1,), "autoencoder": ""} | when,
             "c": {"type": "sampling", "num_clips": 1, "seconds": 0.3, "nfe": (1,)} | when,
+            "e": {"type": "cost", "num_examples": 1, "seconds": 0.3, "nfe": (1,)} | when,
         }
     )
     built = list(common.from_config(evals, context(Network(), tmp_path)))
-    assert [type(evaluator).__module__.rpartition(".")[2] for _, evaluator in built] == list(common.TYPES)
-    assert [spec.type for spec, _ in built] == list(common.TYPES)
+    types = [name for name in common.TYPES if name not in ("tones", "images")]  # which want other examples
+    assert [type(evaluator).__module__.rpartition(".")[2] for _, evaluator in built] == types
+    assert [spec.type for spec, _ in built] == types
     assert not list(tmp_path.iterdir())  # nothing is written before the first run
 
 
@@ -213,7 +217,7 @@ def test_unknown_type_is_refused():
         list(common.from_config(evals, context(Network())))
 
 
-@pytest.mark.parametrize("spec", [{"batches": 1, "seconds": 0.3, "clips": 3}, {"batches": 1}])
+@pytest.mark.parametrize("spec", [{"batches": 1, "seconds": 0.3, "clips": 3}, {"seconds": 0.3}])
 def test_unknown_or_missing_field_is_refused(spec):
     with pytest.raises(InputError, match="evals.mine"):
         list(common.from_config(ConfigDict({"mine": {"type": "validation"} | spec}), context(Network())))

@@ -120,6 +120,6 @@ def mlp():
         for block in params["blocks"]:
             hidden = hidden + jax.nn.silu(hidden @ block["w"] + inputs @ block["skip"])
         x_hat = hidden @ params["out"]
-        return (z - x_hat) / jnp.clip(t, 0.05, 1.0)[:, None]
+        return (z - x_hat) / jnp.maximum(t, 0.05)[:, None]
 
     return SimpleNamespace(init=init, apply=apply)

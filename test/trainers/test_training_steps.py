@@ -41,8 +41,11 @@ def run(config):
     init = lambda rng: TrainState.create(model.init(rng, jnp.zeros((1, 8, 8)))["params"], tx, jnp.ones(8))
     state = jax.device_get(jax.jit(init)(jax.random.key(0)))  # on the host, for a step may consume what it is given
     batch = {"audio": 0.1 * jax.random.normal(jax.random.key(1), (4, tokenizer.segment_samples(8), 1))}
-    predict_fns = training_steps.make_predict_fns(model, tokenizer, config)
-    yield training_steps.make_train_step(model, tokenizer, tx, config), predict_fns, state, batch, tokenizer
+    predict_fns = training_steps.codec_predict_fns(model, tokenizer, config)
+    train_step = training_steps.make_train_step(
+        training_steps.codec_loss(model, tokenizer, config), tx, config.ema.decay
+    )
+    yield train_step, predict_fns, state, batch, tokenizer
     jax.config.update("jax_disable_most_optimizations", before)
 
 
@@ -50,7 +53,7 @@ def run(config):
 def first(run):
     """State and metrics after one step."""
     train_step, _, state, batch, _ = run
-    return jax.device_get(train_step(state, batch))
+    return jax.device_get(train_step(state, batch, 0))
 
 
 def assert_trees_equal(a, b):
@@ -59,7 +62,7 @@ def assert_trees_equal(a, b):
 
 def test_the_same_step_twice_is_the_same(run, first):
     train_step, _, state, batch, _ = run
-    assert_trees_equal(jax.device_get(train_step(state, batch)), first)
+    assert_trees_equal(jax.device_get(train_step(state, batch, 0)), first)
 
 
 def test_successive_steps_draw_different_noise(run, first):
@@ -67,7 +70,7 @@ def test_successive_steps_draw_different_noise(run, first):
     train_step, _, state, batch, _ = run
     metrics = [first[1]]
     for step in (1, 2):
-        metrics.append(train_step(state.replace(step=np.int32(step)), batch)[1])
+        metrics.append(train_step(state.replace(step=np.int32(step)), batch, 0)[1])
     for name in ("v_mse", "u_mse"):
         assert len({float(row[name]) for row in metrics}) == 3
     assert len({float(row["code_bits"]) for row in metrics}) == 1  # the code draws nothing
@@ -88,7 +91,7 @@ def test_average_follows_the_parameters(run, first):
     """After the second step it is 2/11 of the old and 9/11 of the new parameters."""
     train_step, _, _, batch, _ = run
     one, _ = first
-    two, metrics = jax.device_get(train_step(one, batch))
+    two, metrics = jax.device_get(train_step(one, batch, 0))
     assert metrics["update_norm"] > 0
     expected = jax.tree.map(lambda old, new: old * 2 / 11 + new * 9 / 11, one.ema_params, two.params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), two.ema_params, expected)
@@ -98,7 +101,7 @@ def test_average_follows_the_parameters(run, first):
 def test_untrained_model_reconstructs_silence(run):
     """One step from noise by a zero head lands on x_hat = 0, whose error is the power of x."""
     _, predict_fns, state, batch, tokenizer = run
-    decoded, mse = predict_fns["reconstruct"](state, batch["audio"], jax.random.key(0), 1)
+    decoded, mse = predict_fns["reconstruct"](state, batch, np.arange(4, dtype=np.uint32), 1)
     assert decoded.shape == batch["audio"].shape
     np.testing.assert_allclose(decoded, 0, atol=1e-9)
     x = scaling.compand(tokenizer.tokenize(batch["audio"]), 0.5, 1e-4)

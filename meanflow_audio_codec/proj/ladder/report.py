@@ -1,0 +1,225 @@
+"""The findings of the ladder, from the runs' own files: python -m meanflow_audio_codec.proj.ladder.report --workdir W
+
+Writes the tables and figures of every part into W, tests the predictions, and puts what `documentation/ladder.md` shows
+between its marks `<!-- NAME -->` and `<!-- /NAME -->`; its figures go beside it, into `documentation/ladder/`.
+Runs of one seed are paired across cells: they share data order, initial noise and evaluation noise.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from meanflow_audio_codec.errors import InputError
+from meanflow_audio_codec.proj.ladder.study import PARTS
+from meanflow_audio_codec.tools.sweep_runs import Run, mean_and_half_width, read_cells
+from meanflow_audio_codec.tools.sweep_table import write_table
+
+AE, FM, MF, IMF = "autoencoder", "flow_matching", "mean_flow", "improved_mean_flow"
+
+
+class Data(NamedTuple):
+    """How the predictions are read off a data set: its part, the error of the tokens, and the quality."""
+
+    part: str
+    x_mse: str
+    quality: str  # lower is better
+    many: int  # evaluations at which flow matching is judged
+
+
+MNIST = Data("mnist", "images/x_mse", "images/fid", 50)
+AUDIO = Data("audio", "reconstruction/x_mse", "reconstruction/mel_distance", 16)
+
+
+class Row(NamedTuple):
+    """One cell's value: mean over seeds, half-width of its 95 % interval (None for one seed)."""
+
+    label: str
+    mean: float
+    half_width: float | None
+
+
+class Prediction(NamedTuple):
+    """A claim of the method: what is measured in each cell, where it should lie, and the words for it."""
+
+    name: str
+    claim: str
+    measured: str  # in words, for the axis
+    objectives: tuple[str, ...]  # whose runs are looked at, each against the others of its cell and seed
+    value: Callable[[dict[str, Run], str, Data], float]
+    expected: float  # the line in the figure
+    holds: Callable[[Row], bool]
+
+
+def _ratio(runs: dict[str, Run], objective: str, data: Data) -> float:
+    return runs[objective].metrics[f"{data.x_mse}_nfe1"] / runs[AE].metrics[f"{data.x_mse}_nfe1"]
+
+
+def _gap_closed(runs: dict[str, Run], objective: str, data: Data) -> float:
+    one, many = (runs[FM].metrics[f"{data.quality}_nfe{nfe}"] for nfe in (1, data.many))
+    return (one - runs[objective].metrics[f"{data.quality}_nfe1"]) / (one - many)
+
+
+def _improvement(runs: dict[str, Run], objective: str, data: Data) -> float:
+    plain, improved = (runs[name].metrics[f"{data.quality}_nfe1"] for name in (MF, IMF))
+    return 100 * (plain - improved) / plain
+
+
+PREDICTIONS = (
+    Prediction(
+        "flow_matching_is_the_autoencoder",
+        "flow matching at one evaluation equals the autoencoder within noise",
+        "token error of flow matching at one evaluation / of the autoencoder",
+        (FM,),
+        _ratio,
+        1.0,
+        lambda row: abs(row.mean - 1) <= max(row.half_width or 0.0, 0.02),
+    ),
+    Prediction(
+        "error_ratio_two",
+        "a good one-step sampler has twice the autoencoder's token error",
+        "token error at one evaluation / of the autoencoder",
+        (MF, IMF),
+        _ratio,
+        2.0,
+        lambda row: abs(row.mean - 2) <= max(row.half_width or 0.0, 0.1),
+    ),
+    Prediction(
+        "gap_closed",
+        "mean flow at one evaluation closes most of the gap between flow matching at one and at many",
+        "share of the gap closed",
+        (MF, IMF),
+        _gap_closed,
+        1.0,
+        lambda row: row.mean - (row.half_width or 0.0) > 0.5,
+    ),
+    Prediction(
+        "improved_against_plain",
+        "improved mean flow beats plain mean flow at one evaluation",
+        "improvement over plain mean flow in %, same seeds",
+        (IMF,),
+        _improvement,
+        0.0,
+        lambda row: row.mean - (np.inf if row.half_width is None else row.half_width) > 0,
+    ),
+)
+
+
+def paired_runs(workdir: Path, data: Data) -> dict[str, dict[int, dict[str, Run]]]:
+    """Return {cell: {seed: {objective: run}}} of the finished runs, cells named by all but the objective."""
+    found: dict[str, dict[int, dict[str, Run]]] = {}
+    for cell in read_cells(workdir / data.part):
+        keys = dict(cell.keys)
+        objective = keys.pop("objective")
+        for run in cell.finished:
+            found.setdefault(", ".join(keys.values()), {}).setdefault(run.seed, {})[objective] = run
+    return found
+
+
+def measure(prediction: Prediction, runs: dict[str, dict[int, dict[str, Run]]], data: Data) -> list[Row]:
+    """Return a row for each cell and objective for which some seed has all of its runs."""
+    rows = []
+    for name, seeds in runs.items():
+        for objective in prediction.objectives:
+            complete = [found for found in seeds.values() if len(found) == 4]
+            values = [prediction.value(found, objective, data) for found in complete]
+            if values:
+                label = f"{name}, {objective}" if len(prediction.objectives) > 1 else name
+                rows.append(Row(label, *mean_and_half_width(values)))
+    return rows
+
+
+def verdict(prediction: Prediction, rows: Sequence[Row]) -> str:
+    """Say in a line in how many cells the claim holds, and the mean over cells with its interval."""
+    if not rows:
+        return f"- **{prediction.claim}**: no cell is complete."
+    held = sum(prediction.holds(row) for row in rows)
+    mean, half_width = mean_and_half_width([row.mean for row in rows])
+    word = "holds" if held == len(rows) else "fails" if held == 0 else "holds in part"
+    spread = "" if half_width is None else f" ± {half_width:.2g}"
+    means = [row.mean for row in rows]
+    return (
+        f"- **{prediction.claim}**: {word}, in {held} of {len(rows)} cells. {prediction.measured.capitalize()}: "
+        f"{mean:.3g}{spread} over cells, from {min(means):.3g} to {max(means):.3g}."
+    )
+
+
+def draw(path: Path, prediction: Prediction, rows: Sequence[Row]) -> None:
+    """Draw a dot with its interval for each row, and a line where the claim puts it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.22 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(rows))[::-1]
+    widths = [row.half_width or 0.0 for row in rows]
+    axes.errorbar([row.mean for row in rows], places, xerr=widths, fmt="o", color="#0072b2", markersize=4, capsize=2)
+    axes.axvline(prediction.expected, color="#d55e00", linewidth=1)
+    axes.set_yticks(places, [row.label for row in rows], fontsize=7)
+    axes.set_xlabel(prediction.measured, fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def fill(text: str, blocks: dict[str, str]) -> str:
+    """Replace what stands between the marks of each block.
+
+    Raises:
+        InputError: a mark is missing.
+    """
+    for name, block in blocks.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not marked.search(text):
+            raise InputError(f"the page has no marks <!-- {name} --> and <!-- /{name} -->; add them")
+        text = marked.sub(lambda match, block=block: f"{match[1]}{block.rstrip()}\n{match[2]}", text)
+    return text
+
+
+def write_findings(workdir: Path, page: Path) -> None:
+    """Write tables and figures of the parts that have runs, and fill the page."""
+    figures = page.with_suffix("")
+    figures.mkdir(exist_ok=True)
+    blocks = {}
+    for part in _parts_with_runs(workdir):
+        ratio = "objective=autoencoder" if part in ("mnist", "audio") else ""
+        blocks[part] = write_table(workdir / part, ratio=ratio)
+        for figure in sorted((workdir / part / "figures").glob("*.png")):
+            shutil.copy(figure, figures / f"{part}_{figure.name}")
+    for data in (MNIST, AUDIO):
+        if data.part in blocks:
+            runs = paired_runs(workdir, data)
+            measured = {prediction: measure(prediction, runs, data) for prediction in PREDICTIONS}
+            for prediction, rows in measured.items():
+                if rows:
+                    draw(figures / f"{data.part}_{prediction.name}.png", prediction, rows)
+            lines = [verdict(prediction, rows) for prediction, rows in measured.items()]
+            blocks[f"{data.part} predictions"] = "\n".join(lines)
+    page.write_text(fill(page.read_text(), blocks))
+
+
+def _parts_with_runs(workdir: Path) -> Iterable[str]:
+    return [part for part in PARTS if part != "classifier" and list((workdir / part).glob("*/seed*/metrics.jsonl"))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and write the findings."""
+    parser = argparse.ArgumentParser(prog="report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, type=Path, help="the folder given to the study")
+    parser.add_argument("--page", type=Path, default=Path("documentation/ladder.md"), help="default: %(default)s")
+    given = parser.parse_args(argv)
+    try:
+        write_findings(given.workdir.expanduser(), given.page)
+    except InputError as error:
+        sys.exit(f"report: {error}")
+    except OSError as error:
+        sys.exit(f"report: {error.filename}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What tests in several folders share: compiled programs, and a small MNIST."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Share compiled programs between the tests of this session, in whatever process."""
+    workers = tmp_path_factory.getbasetemp().parent  # shared, for each has a folder there
+    cache = workers / "compiled" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("compiled")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+    }
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="session")
+def write_mnist():
+    """`write_mnist(data_dir, {split: (images uint8 [n, 28, 28], labels)})` writes what TFDS calls MNIST.
+
+    30 examples a file, so that more are several files.
+    """
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from PIL import Image
+
+    def write(data_dir, splits):
+        features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
+        folder = Path(data_dir, "mnist", "3.0.1")
+        folder.mkdir(parents=True)
+        identity = tfds.core.DatasetIdentity(
+            name="mnist", version=tfds.core.Version("3.0.1"), data_dir=str(folder), module_name="test"
+        )
+        info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+        writer = tfds.core.SequentialWriter(
+            info, max_examples_per_shard=30, overwrite=False, file_format="array_record"
+        )
+        writer.initialize_splits(list(splits))
+        for split, (images, labels) in splits.items():
+            for image, label in zip(images, labels, strict=True):
+                png = io.BytesIO()
+                Image.fromarray(image).save(png, "PNG")
+                png.seek(0)
+                writer.add_examples({split: [{"image": png, "label": int(label)}]})
+        writer.close_all()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def digits(write_mnist, tmp_path_factory):
+    """A folder of 60 training and 40 test images of ten classes, each a bright row at its label's height on noise."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def draw(count):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
+        images[np.arange(count), 4 + 2 * labels] = 255
+        return images, labels
+
+    data_dir = tmp_path_factory.mktemp("digits")
+    write_mnist(data_dir, {"train": draw(60), "test": draw(40)})
+    return data_dir

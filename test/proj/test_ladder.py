@@ -1,0 +1,145 @@
+"""The research ladder: its 48 cells train, score and finish, on a small MNIST and on synthetic music."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meanflow_audio_codec.configuration import load_config, override_from_flags
+from meanflow_audio_codec.proj.ladder import study, train
+from meanflow_audio_codec.tools.sweep import parse_grid
+from meanflow_audio_codec.trainers import objectives
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Two steps of the smallest model: what differs from cell to cell stays.
+SHORT = {
+    "config.model.variant": "mu",
+    "config.total_steps": 2,
+    "config.log_steps": 2,
+    "config.checkpoint_steps": 2,
+    "config.optimizer.warmup_steps": 1,
+}
+SHORT_AUDIO = {
+    "config.input.num_tokens": 8,
+    "config.input.batch_size": 4,
+    "config.evals.validation.batches": 1,
+    "config.evals.reconstruction.num_clips": 1,
+    "config.evals.samples.num_clips": 1,
+    "config.evals.tones.num_tones": 1,
+    "config.evals.cost.num_examples": 1,
+    **{f"config.evals.{name}.seconds": 0.8 for name in ("reconstruction", "samples", "tones", "cost")},
+}
+
+
+def cells(part):
+    return parse_grid(study.PARTS[part].grids)
+
+
+def names(part):
+    return [",".join(cell.values()) for cell in cells(part)]
+
+
+@pytest.fixture
+def compile_fast():
+    """Half of the time of a cell is the optimization of its programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def run(config, cell, overrides, workdir):
+    arguments = [f"{key}={value}" for key, value in cell.items() if not key.startswith("config.")]
+    fields = {key: value for key, value in cell.items() if key.startswith("config.")} | overrides
+    flags = [f"--{key}={value}" for key, value in fields.items()]
+    spec = f"{ROOT / config}:{','.join(['runlocal', *arguments])}"
+    train.train.main(["--config", spec, "--workdir", str(workdir), *flags])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    metrics = {name: value for line in lines for name, value in line.items()}
+    assert metrics["step"] == overrides["config.total_steps"]
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert (workdir / "cost.json").exists() and (workdir / "report.html").exists()
+    return metrics
+
+
+def evaluations(cell):
+    return {1} if cell["objective"] == "autoencoder" else {1, 2, 4}
+
+
+@pytest.mark.parametrize("cell", cells("mnist"), ids=names("mnist"))
+def test_mnist_cell(cell, digits, tmp_path, compile_fast):
+    metrics = run("configs/mnist.py", cell, SHORT | {"config.input.data_dir": digits}, tmp_path)
+    assert {name for name in metrics if name.startswith("images/mse")} == {
+        f"images/mse_nfe{nfe}" for nfe in evaluations(cell)
+    }
+    assert 0 < metrics["images/mse_nfe1"] < 4
+    assert (tmp_path / "samples" / "2" / "grid.png").exists()
+
+
+AUDIO_CELLS = [cell for cell in cells("audio") if cell["config.model.latent_dim"] == "32"]
+
+
+@pytest.mark.parametrize("cell", AUDIO_CELLS, ids=[",".join(cell.values()) for cell in AUDIO_CELLS])
+def test_audio_cell(cell, tmp_path, compile_fast):
+    nfe = (1,) if cell["objective"] == "autoencoder" else (1, 2)
+    some = {f"config.evals.{name}.nfe": nfe for name in ("reconstruction", "samples", "tones", "cost")}
+    metrics = run("configs/meanflow_mdct.py", cell, SHORT | SHORT_AUDIO | some, tmp_path)
+    for name in ("reconstruction/mel_distance", "reconstruction/x_mse", "tones/modulation_depth"):
+        assert {key for key in metrics if key.startswith(name)} == {f"{name}_nfe{k}" for k in nfe}
+
+
+def test_the_matrix_is_whole():
+    rungs = ("autoencoder", "flow_matching", "mean_flow", "improved_mean_flow")
+    whole = set(itertools.product(rungs, ("mlp", "mixer", "conv"), ("mdct", "reshape")))
+    for part in (cells("mnist"), AUDIO_CELLS):
+        assert {(cell["objective"], cell["backbone"], cell["tokens"]) for cell in part} == whole
+        assert len(part) == 24
+    rates = {cell["config.model.latent_dim"] for cell in cells("audio") if cell["backbone"] == "conv"}
+    assert rates == {"16", "32", "64"}
+
+
+@pytest.mark.parametrize("part", [part for part in study.PARTS if part != "classifier"])
+def test_every_cell_changes_what_it_says(part):
+    """The configs of a part are all different, and none but an ablation's first is the default."""
+    spec = study.PARTS[part]
+    configs = []
+    for cell in parse_grid(spec.grids):
+        arguments = ",".join(f"{key}={value}" for key, value in cell.items() if not key.startswith("config."))
+        flags = [f"--{key}={value}" for key, value in cell.items() if key.startswith("config.")]
+        joint = "," if ":" in spec.config else ":"
+        config = load_config(f"{ROOT / spec.config}{joint}{arguments}")
+        configs.append(override_from_flags(config, [*spec.overrides, *flags]).to_json(sort_keys=True))
+    assert len(set(configs)) == len(configs)
+
+
+def test_swapped_tangent_differentiates_along_r():
+    """With u = 2 t + 5 r the derivative is 5 in place of 2; the value and the loss elsewhere are unharmed."""
+    u_fn = lambda z, t, r, cond: 0 * z + (2 * t + 5 * r)[:, None]
+    cfg = study_objective(fm_fraction=0.0)
+    x, rng = jnp.zeros((64, 3)), jax.random.key(0)
+    loss = {f.__name__: f(u_fn, x, None, rng, cfg)[1] for f in (objectives.improved_mean_flow, train.swapped_tangent)}
+    along_t, along_r = (float(loss[name]["hdudt_over_u"]) for name in ("improved_mean_flow", "swapped_tangent"))
+    np.testing.assert_allclose(along_r / along_t, 5 / 2, rtol=1e-5)
+    assert objectives.OBJECTIVES["swapped_tangent"] is train.swapped_tangent
+
+
+def study_objective(**fields):
+    config = load_config(f"{ROOT / 'configs' / 'mnist.py'}:data_dir=unused")
+    flags = [f"--config.objective.{name}={value}" for name, value in fields.items()]
+    return override_from_flags(config, flags).objective
+
+
+def test_study_runs_a_part_and_a_mistake_ends_in_one_line(tmp_path, digits, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(os.environ, "PYTHONPATH", str(ROOT))
+    flags = ["--workdir", str(tmp_path), "--mnist-dir", str(digits), "--audio-dir", "unused", "--runlocal"]
+    study.main([*flags, "--parts", "classifier"])
+    assert (tmp_path / "classifier" / "all" / "seed0" / "checkpoints" / "20").is_dir()
+    with pytest.raises(SystemExit, match="study: failed runs:\n  classifier/all/seed0: .*holds a run with another"):
+        study.main([*flags, "--parts", "classifier", "--mnist-dir", str(tmp_path)])
