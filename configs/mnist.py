@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.init_from = ""  # workdir whose averaged parameters to start from
 
     # Four rows of pixels a token: 7 of them, or 8 MDCT frames. Pixels have no heavy tails and the size of noise, and an
-    # orthonormal transform keeps distances: tokens stay as they are, and their errors are the pixels'.
+    # orthonormal transform keeps distances: tokens stay as they are.
     config.tokens = ConfigDict({"name": arg.tokens, "hop_length": 112})
     if arg.tokens == "mdct":
         config.tokens.update(group=1, window="sine")

@@ -77,10 +77,12 @@ class AudioInput:
         segments = pipeline.segments_per_epoch(self._files.train, self.sample_rate, self.segment[0])
         return max(1, segments // self._spec.batch_size)
 
-    def examples(self, num: int, seconds: float | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    def examples(self, num: int | None, seconds: float | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
         """Return `num` fixed validation clips of about `seconds`, of a length that fills whole latents; their names."""
-        if seconds is None:
-            raise InputError("evals: clips of audio have a length; give seconds")
+        if num is None or seconds is None:
+            raise InputError(
+                "evals: audio is judged by a number of clips of some seconds; give both, or leave images out"
+            )
         step = self._downsample
         num_tokens = step * round(seconds * self.sample_rate / self._tokenizer.samples_per_token / step)
         audio, names = pipeline.eval_clips(

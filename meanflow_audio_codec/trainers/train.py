@@ -199,6 +199,10 @@ def _check_objective(config: ConfigDict) -> None:
     name = config.objective.name
     if name not in (*OBJECTIVES, "classification"):
         raise InputError(f"objective.name is {name!r}; choose one of {', '.join(OBJECTIVES)} or classification")
+    if (name == "classification") == ("tokens" in config):
+        raise InputError(
+            f"objective.name is {name!r}: a classifier has no tokens, all else has; begin with its own config"
+        )
     if config.model.get("velocity_head") and name != "improved_mean_flow":
         raise InputError(f"model.velocity_head serves objective improved_mean_flow; {name} has no use for it")
     for key, spec in config.evals.items():

@@ -91,7 +91,6 @@ def test_decoder_of_one_digit_has_no_variety():
     features = DIGITS[:, :24, :, 0].reshape(NUM, 6, 4, 28).mean(axis=(2, 3)).astype(float)
     expected = np.sum((features.mean(0) - features[3]) ** 2) + features.var(0, ddof=1).sum()
     assert scores["fid_nfe1"] == pytest.approx(expected, rel=1e-5)
-    assert scores["fid_low_nfe1"] < expected < scores["fid_high_nfe1"]
 
 
 def test_distribution_is_that_of_all_test_images():
@@ -143,7 +142,7 @@ def test_accuracy_compares_with_the_label_that_the_decoder_was_given():
 
 
 def panels(path):
-    """The rows of the grid as gray images in [0, 1], one opaque rectangle each; the rest is transparent but for text."""
+    """The size of the PNG, and its rows as gray images in [0, 1]: opaque, where all else but text is transparent."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGBA"), float) / 255
     opaque = pixels[..., 3] == 1

@@ -90,7 +90,7 @@ def test_downsample_sets_the_number_of_latents(downsample):
     assert jax.eval_shape(encode, shapes_of(model, x)).shape == (1, FRAMES // downsample, LATENTS)
 
 
-@pytest.mark.parametrize("field", ["variant", "backbone", "output", "quantizer", "dtype"])
+@pytest.mark.parametrize("field", ["variant", "backbone", "output", "conditioning", "times", "quantizer", "dtype"])
 def test_unknown_choice_is_refused_by_name(field):
     model = CodecModel(features=FEATURES, **{field: "unheard"})
     with pytest.raises(InputError, match=rf"model\.{field} is 'unheard'; choose one of \w+"):
@@ -106,18 +106,22 @@ def test_impossible_number_is_refused_by_name(field, value):
 @pytest.mark.parametrize(
     ("variant", "encoder", "upsampler", "decoders"),
     [
+        ("N", 244_416, 80_064, (262_848, 261_056, 327_744, 311_744)),
         ("Ti", 504_640, 307_584, (766_592, 763_008, 879_616, 864_128)),
         ("S", 1_995_584, 1_733_120, (3_739_648, 3_728_896, 4_053_568, 4_031_872)),
     ],
 )
 def test_number_of_parameters(variant, encoder, upsampler, decoders):
-    """With 256 features and 64 latents: a change of size must be meant, and no backbone wins by size."""
+    """With 256 features and 64 latents: a change of size must be meant, and no backbone wins by size.
+
+    The mixer's maps of 32 frames do not shrink with the width: the smallest model has 11 % more with them.
+    """
     for backbone, decoder in zip(codec.BACKBONES, decoders, strict=True):
         params = shapes_of(CodecModel(features=256, variant=variant, backbone=backbone), jnp.zeros((1, 2, 256)))
         assert {
             name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in params.items()
         } == {"encoder": encoder, "upsampler": upsampler, "decoder": decoder}
-        assert encoder + upsampler + decoder < 1.1 * (encoder + upsampler + decoders[0])
+        assert encoder + upsampler + decoder < 1.12 * (encoder + upsampler + decoders[0])
 
 
 def test_backbones_differ_by_their_taps_alone():
@@ -126,6 +130,116 @@ def test_backbones_differ_by_their_taps_alone():
         sum(leaf.size for leaf in jax.tree.leaves(shapes_of(tiny(backbone=name), x))) for name in ("conv", "mlp")
     )
     assert conv - mlp == 7 * 16  # kernel_size * width for the one block
+
+
+# --- conditioning: the code, the label, or nothing
+
+
+@pytest.mark.parametrize("conditioning", ["latent", "label", "none"])
+def test_every_conditioning_gives_each_frame_a_vector(conditioning):
+    """With one latent for all frames, as an image has."""
+    model, x = tiny(conditioning=conditioning, downsample=FRAMES), jnp.zeros((3, FRAMES, FEATURES))
+    label = jnp.zeros(3, jnp.int32)
+    params = shapes_of(model, x, label)
+    parts = {"latent": {"encoder"}, "label": {"label_embedding"}, "none": set()}[conditioning]
+    assert set(params) == {"upsampler", "decoder"} | parts  # nothing that nothing uses
+    condition = lambda params: model.apply({"params": params}, x, label, method="condition")
+    cond, metrics = jax.eval_shape(condition, params)
+    assert (cond.shape, cond.dtype) == ((3, FRAMES, 16), jnp.float32)
+    assert bool(metrics) == (conditioning == "latent")
+
+
+def test_only_the_label_or_nothing_reaches_the_decoder():
+    """With random parameters; the label reaches the rows that have it, and no more."""
+    x, label = normal((4, FRAMES, FEATURES)), jnp.array([3, 5, 3, 9])
+
+    def condition(name, x, label):
+        model = tiny(conditioning=name, downsample=FRAMES)
+        params = random_params(shapes_of(model, x, label))
+        return model.apply({"params": params}, x, label, method="condition")[0]
+
+    @jax.jit
+    def conditions(x, label):
+        return condition("label", x, label), condition("none", x, label)
+
+    by_label, by_nothing = map(np.asarray, conditions(x, label))
+    np.testing.assert_array_equal(by_label[0], by_label[2])  # one digit
+    assert np.abs(by_label[0] - by_label[1]).max() > 0.1
+    np.testing.assert_array_equal(by_nothing, by_nothing[:1].repeat(4, axis=0))
+    for cond in (by_label, by_nothing):
+        assert np.abs(cond[:, 0] - cond[:, 1]).max() > 0.1  # frames differ, though their latent is one
+    for other_cond, cond in zip(conditions(2 * x + 1, label), (by_label, by_nothing), strict=True):
+        np.testing.assert_array_equal(other_cond, cond)
+    moved, still = conditions(x, label.at[1].set(0))
+    assert set(np.flatnonzero((moved != by_label).any(axis=(1, 2)))) == {1}
+    np.testing.assert_array_equal(still, by_nothing)
+
+
+def test_a_label_without_labels_is_refused_by_name():
+    with pytest.raises(InputError, match="model.conditioning is 'label', but this data has no labels"):
+        shapes_of(tiny(conditioning="label"), jnp.zeros((1, FRAMES, FEATURES)))
+
+
+# --- times and the auxiliary head
+
+
+@pytest.mark.parametrize("backbone", codec.BACKBONES)
+def test_times_h_gives_the_film_one_time_of_two(backbone):
+    z, t, cond = jnp.zeros((1, FRAMES, FEATURES)), jnp.ones(1), jnp.zeros((1, FRAMES, 16))
+    seen = {}
+    for name in ("t_h", "h"):
+        params = shapes_of(tiny(backbone=backbone, times=name), z, t, t, cond, method="flow")
+        seen[name] = params["decoder"]["FilmEmbedding_0"]["Dense_0"]["kernel"].shape[0]
+    assert seen == {"t_h": 2 * 64, "h": 64}  # time_features has 64
+
+
+@pytest.mark.parametrize("name", ["h", "t_h"])
+def test_with_times_h_only_the_interval_matters(name):
+    """u(z, t, r) at two t and one h, and at two h and one t; in powers of two, whose difference is exact."""
+    model, z, cond = (
+        tiny(backbone="mlp", output="u", times=name),
+        normal((1, FRAMES, FEATURES)),
+        normal((1, FRAMES, 16)),
+    )
+    params = random_params(shapes_of(model, z, times(1), times(0), cond, method="flow"))
+
+    @jax.jit
+    def u(t, h):
+        return model.apply({"params": params}, z, t, t - h, cond, method="flow")
+
+    u_1, u_2, u_3 = u(times(1.0), times(0.25)), u(times(0.5), times(0.25)), u(times(1.0), times(0.5))
+    assert np.array_equal(u_1, u_2) == (name == "h")
+    assert np.abs(u_1 - u_3).max() > 1e-2
+
+
+@pytest.mark.parametrize("backbone", codec.BACKBONES)
+def test_velocity_head_adds_parameters_under_its_names_alone(backbone):
+    x = jnp.zeros((1, FRAMES, FEATURES))
+    without, with_head = (shapes_of(tiny(backbone=backbone, velocity_head=given), x) for given in (False, True))
+    added = {name for name in with_head["decoder"] if name not in without["decoder"]}
+    assert added == {"velocity_block", "velocity_head"}
+    kept = {name: part for name, part in with_head["decoder"].items() if name not in added}
+    assert with_head | {"decoder": kept} == without
+
+
+def test_velocity_head_leaves_the_average_velocity_as_it_is():
+    """The same parameters give the same u with and without the head, whose own output is another."""
+    z, cond = normal((2, FRAMES, FEATURES)), normal((2, FRAMES, 16), seed=1)
+    t, r = times(0.9, 0.5), times(0.2, 0.5)
+    without, with_head = (tiny(backbone="mlp", velocity_head=given) for given in (False, True))
+    params = random_params(shapes_of(with_head, z))
+    assert "velocity_head" in params["decoder"]
+
+    @jax.jit
+    def outputs(params):
+        flow = lambda model, params: model.apply({"params": params}, z, t, r, cond, method="flow")
+        kept = {name: part for name, part in params["decoder"].items() if not name.startswith("velocity_")}
+        velocity = with_head.apply({"params": params}, z, t, cond, method="velocity")
+        return flow(with_head, params), flow(without, params | {"decoder": kept}), velocity
+
+    u, u_without, v = outputs(params)
+    np.testing.assert_allclose(u, u_without, rtol=1e-6, atol=1e-6)
+    assert v.shape == z.shape and np.abs(u - v).max() > 0.1
 
 
 # --- at the start

@@ -13,6 +13,7 @@ from meanflow_audio_codec.models.codec import CodecModel
 from meanflow_audio_codec.models.train_state import TrainState
 from meanflow_audio_codec.preprocessing import scaling
 from meanflow_audio_codec.preprocessing.tokenizers import MdctTokenizer
+from meanflow_audio_codec.tools.train import main
 from meanflow_audio_codec.trainers import flow, training_steps
 from meanflow_audio_codec.trainers.objectives import OBJECTIVES
 from meanflow_audio_codec.trainers.optimizers import make_optimizer
@@ -76,6 +77,20 @@ def test_successive_steps_draw_different_noise(run, first):
     assert len({float(row["code_bits"]) for row in metrics}) == 1  # the code draws nothing
 
 
+def test_the_seed_is_an_argument_of_the_one_program(run, first):
+    """Another seed is other randomness at the same step, and nothing is compiled anew."""
+    train_step, _, state, batch, _ = run
+    programs = train_step._cache_size()
+    again, other = (jax.device_get(train_step(state, batch, seed)) for seed in (0, 1))
+    assert train_step._cache_size() == programs
+    assert_trees_equal(again, first)
+    for name in ("v_mse", "u_mse", "grad_norm"):
+        assert other[1][name] != first[1][name]
+    assert other[1]["code_bits"] == first[1]["code_bits"]
+    later = train_step(state.replace(step=np.int32(1)), batch, 0)[1]  # seeds and steps are no sum
+    assert float(later["v_mse"]) != float(other[1]["v_mse"])
+
+
 def test_a_step_updates_everything_once(run, first, config):
     _, _, state, _, _ = run
     after, metrics = first
@@ -106,6 +121,43 @@ def test_untrained_model_reconstructs_silence(run):
     np.testing.assert_allclose(decoded, 0, atol=1e-9)
     x = scaling.compand(tokenizer.tokenize(batch["audio"]), 0.5, 1e-4)
     np.testing.assert_allclose(mse, np.mean(np.square(x), axis=(1, 2)), rtol=1e-5)
+
+
+# --- the auxiliary head
+
+
+def test_improved_mean_flow_trains_the_velocity_head(run, config):
+    """Its error is in the metrics and moves the head, its block and the trunk.
+
+    Here on rows without a derivative, which is half of the time to compile; test_official_formulation.py has those.
+    """
+    _, _, state, batch, tokenizer = run
+    fields = {"model.velocity_head": True, "model.conditioning": "none", "objective.fm_fraction": 1.0}
+    config = override_from_flags(
+        load_config(f"{CONFIG}:runlocal"),
+        [f"--config.{flag}" for flag in (*TINY, *(f"{name}={value}" for name, value in fields.items()))],
+    )
+    model = CodecModel(features=8, **config.model)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8)))["params"]
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda leaf: draw(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    loss_fn = training_steps.codec_loss(model, tokenizer, config)
+    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
+    gradients, metrics = jax.device_get(gradient(params, state.scale, batch, jax.random.key(0)))
+    assert metrics["v_head_mse"] > 0 and metrics["v_head_mse"] != metrics["v_mse"]
+    for name in ("velocity_head", "velocity_block", "Head_0", "FilmEmbedding_0"):
+        for leaf in jax.tree.leaves(gradients["decoder"][name]):
+            assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
+
+
+@pytest.mark.parametrize("objective", ["autoencoder", "flow_matching", "mean_flow"])
+def test_other_objectives_have_no_use_for_the_velocity_head(objective, tmp_path):
+    spec = f"{CONFIG}:runlocal,objective={objective}"
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", spec, "--workdir", str(tmp_path / "run"), "--config.model.velocity_head=True"])
+    message = stopped.value.code
+    assert f"model.velocity_head serves objective improved_mean_flow; {objective} has no use" in message
+    assert "\n" not in message and not (tmp_path / "run").exists()
 
 
 # --- tokens and noise
