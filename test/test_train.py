@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -34,13 +35,13 @@ TINY = {
     "evals.validation.seconds": 0.1,
     "evals.reconstruction.first_steps": 6,
     "evals.reconstruction.every_steps": 6,
-    "evals.reconstruction.num_clips": 2,
-    "evals.reconstruction.seconds": 0.3,
+    "evals.reconstruction.num_clips": 1,
+    "evals.reconstruction.seconds": 0.8,
     "evals.reconstruction.nfe": "(1,)",
     "evals.samples.first_steps": 6,
     "evals.samples.every_steps": 6,
     "evals.samples.num_clips": 1,
-    "evals.samples.seconds": 0.3,
+    "evals.samples.seconds": 0.8,
     "evals.samples.nfe": "(1,)",
     "evals.tones.first_steps": 12,
     "evals.tones.every_steps": 12,
@@ -49,7 +50,8 @@ TINY = {
     "evals.cost.first_steps": 12,
     "evals.cost.every_steps": 12,
     "evals.cost.num_examples": 1,
-    "evals.cost.seconds": 0.3,
+    "evals.tones.seconds": 0.8,
+    "evals.cost.seconds": 0.8,
     "evals.cost.nfe": "(1,)",
 }
 
@@ -69,8 +71,6 @@ def final_state(workdir, step=12):
 
 
 def assert_equal_trees(a, b):
-    import jax
-
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -81,10 +81,17 @@ def write_noise(path, seconds=2.0, sample_rate=24_000, channels=1):
     return path
 
 
+@pytest.fixture(autouse=True)
+def compiled_with_care():
+    """Other tests compile in a hurry, which rounds otherwise; here runs in several processes must agree to the bit."""
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, compile_once):
     """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
+    jax.clear_caches()  # a session's fixture comes before a test's
     main(command(workdir))
     return workdir
 
@@ -160,15 +167,12 @@ def test_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(finished, tmp_path
 @pytest.mark.parametrize(
     "arg",
     [
-        "objective=autoencoder",
-        "objective=flow_matching,tokens=reshape",
-        "objective=mean_flow,backbone=mlp",
-        "objective=improved_mean_flow,quantizer=none",
-        "objective=improved_mean_flow,backbone=mixer",
-        "objective=improved_mean_flow,backbone=transformer",
+        "quantizer=none",
+        "backbone=transformer",
     ],
 )
-def test_every_rung_trains(arg, tmp_path):
+def test_what_the_ladder_leaves_out_trains(arg, tmp_path):
+    """All else is a cell of test_ladder.py."""
     main(command(tmp_path / "run", f"runlocal,{arg}", **{"total_steps": 6}))
     rows = read(tmp_path / "run")
     assert rows[-1]["step"] == 6 and "reconstruction/lsd_db_nfe1" in rows[-1]

@@ -58,8 +58,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     batched, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     batch_size = config.input.batch_size
-    if batch_size % mesh.size:
-        raise InputError(f"input.batch_size={batch_size} is not divisible by {mesh.size} devices; choose a multiple")
+    if batch_size < 1 or batch_size % mesh.size:
+        raise InputError(
+            f"input.batch_size={batch_size} is not a positive multiple of the {mesh.size} devices; choose one"
+        )
 
     ################################################ Input
     classifying = config.objective.name == "classification"

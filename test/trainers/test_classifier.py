@@ -97,3 +97,10 @@ def test_a_folder_without_a_classifier_is_refused(workdir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"objective": {"name": "mean_flow"}}))
     with pytest.raises(InputError, match=f"classifier: {tmp_path} holds no classifier"):
         load_classifier(str(tmp_path))
+
+
+def test_a_classifier_is_no_flow(tmp_path, digits):
+    flag = "--config.objective.name=mean_flow"
+    with pytest.raises(SystemExit, match="objective.name is 'mean_flow': a classifier has no tokens"):
+        main(["--config", f"{CONFIG}:data_dir={digits}", "--workdir", str(tmp_path / "run"), flag])
+    assert not (tmp_path / "run").exists()

@@ -48,6 +48,7 @@ def run(config):
     )
     yield train_step, predict_fns, state, batch, tokenizer
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # what was compiled in a hurry rounds otherwise
 
 
 @pytest.fixture(scope="module")

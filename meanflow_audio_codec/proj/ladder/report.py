@@ -53,20 +53,25 @@ class Prediction(NamedTuple):
     objectives: tuple[str, ...]  # whose runs are looked at, each against the others of its cell and seed
     value: Callable[[dict[str, Run], str, Data], float]
     expected: float  # the line in the figure
-    holds: Callable[[Row], bool]
+    holds: Callable[[Row], bool | None]  # None where one seed cannot tell
+
+
+def _metric(run: Run, name: str, nfe: int) -> float:
+    """NaN where the run was not scored so."""
+    return run.metrics.get(f"{name}_nfe{nfe}", np.nan)
 
 
 def _ratio(runs: dict[str, Run], objective: str, data: Data) -> float:
-    return runs[objective].metrics[f"{data.x_mse}_nfe1"] / runs[AE].metrics[f"{data.x_mse}_nfe1"]
+    return _metric(runs[objective], data.x_mse, 1) / _metric(runs[AE], data.x_mse, 1)
 
 
 def _gap_closed(runs: dict[str, Run], objective: str, data: Data) -> float:
-    one, many = (runs[FM].metrics[f"{data.quality}_nfe{nfe}"] for nfe in (1, data.many))
-    return (one - runs[objective].metrics[f"{data.quality}_nfe1"]) / (one - many)
+    one, many = (_metric(runs[FM], data.quality, nfe) for nfe in (1, data.many))
+    return (one - _metric(runs[objective], data.quality, 1)) / (one - many)
 
 
 def _improvement(runs: dict[str, Run], objective: str, data: Data) -> float:
-    plain, improved = (runs[name].metrics[f"{data.quality}_nfe1"] for name in (MF, IMF))
+    plain, improved = (_metric(runs[name], data.quality, 1) for name in (MF, IMF))
     return 100 * (plain - improved) / plain
 
 
@@ -105,7 +110,7 @@ PREDICTIONS = (
         (IMF,),
         _improvement,
         0.0,
-        lambda row: row.mean - (np.inf if row.half_width is None else row.half_width) > 0,
+        lambda row: None if row.half_width is None else row.mean - row.half_width > 0,
     ),
 )
 
@@ -122,12 +127,13 @@ def paired_runs(workdir: Path, data: Data) -> dict[str, dict[int, dict[str, Run]
 
 
 def measure(prediction: Prediction, runs: dict[str, dict[int, dict[str, Run]]], data: Data) -> list[Row]:
-    """Return a row for each cell and objective for which some seed has all of its runs."""
+    """Return a row for each cell and objective for which some seed has all of its runs, with the metrics needed."""
     rows = []
     for name, seeds in runs.items():
         for objective in prediction.objectives:
             complete = [found for found in seeds.values() if len(found) == 4]
             values = [prediction.value(found, objective, data) for found in complete]
+            values = [value for value in values if not np.isnan(value)]
             if values:
                 label = f"{name}, {objective}" if len(prediction.objectives) > 1 else name
                 rows.append(Row(label, *mean_and_half_width(values)))
@@ -138,13 +144,17 @@ def verdict(prediction: Prediction, rows: Sequence[Row]) -> str:
     """Say in a line in how many cells the claim holds, and the mean over cells with its interval."""
     if not rows:
         return f"- **{prediction.claim}**: no cell is complete."
-    held = sum(prediction.holds(row) for row in rows)
+    verdicts = [prediction.holds(row) for row in rows]
+    held = sum(map(bool, verdicts))
     mean, half_width = mean_and_half_width([row.mean for row in rows])
     word = "holds" if held == len(rows) else "fails" if held == 0 else "holds in part"
+    counted = f"{word}, in {held} of {len(rows)} cells"
+    if None in verdicts:
+        counted = "one seed cannot tell"
     spread = "" if half_width is None else f" ± {half_width:.2g}"
     means = [row.mean for row in rows]
     return (
-        f"- **{prediction.claim}**: {word}, in {held} of {len(rows)} cells. {prediction.measured.capitalize()}: "
+        f"- **{prediction.claim}**: {counted}. {prediction.measured.capitalize()}: "
         f"{mean:.3g}{spread} over cells, from {min(means):.3g} to {max(means):.3g}."
     )
 

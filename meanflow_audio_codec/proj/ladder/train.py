@@ -28,9 +28,7 @@ def swapped_tangent(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PR
     return improved_mean_flow(swapped, x, cond, rng, cfg)
 
 
-OBJECTIVES["swapped_tangent"] = swapped_tangent
-SAMPLERS["swapped_tangent"] = SAMPLERS["improved_mean_flow"]
-
-
 if __name__ == "__main__":
+    OBJECTIVES["swapped_tangent"] = swapped_tangent
+    SAMPLERS["swapped_tangent"] = SAMPLERS["improved_mean_flow"]
     train.main()
