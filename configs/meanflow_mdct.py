@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.input.read_threads = 2
     config.input.read_processes = 0
 
-    # 93.75 / 2 latents/s * 64 * log2(4) bits = 6.0 kbps.
+    # 93.75 / 2 latents/s * 64 * log2(4) bits = 6.0 kbps; of rvq 16 * log2(256) bits, the same.
     config.model = ConfigDict()
     config.model.variant = arg.variant
     config.model.backbone = arg.backbone
@@ -73,8 +73,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.conditioning = "latent"
     config.model.quantizer = arg.quantizer
     config.model.fsq_levels = 4
+    config.model.num_quantizers = 16  # of rvq
+    config.model.codebook_size = 256
+    config.model.quantizer_dropout = 0.0  # share of the clips that train with fewer codebooks
     config.model.latent_dim = 64
     config.model.downsample = 2
+    config.model.coarse = False  # a first estimate, trained as an autoencoder, and a flow of what it leaves over
     config.model.times = "t_h"
     config.model.time_scale = 1.0
     config.model.velocity_head = False
@@ -88,6 +92,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.P_std = 1.0
     config.objective.norm_p = 1.0
     config.objective.norm_eps = 0.01
+    config.objective.weighting = "feature"  # every feature counts alike; band: every band of the ear's scale
+    config.objective.mel_weight = 0.0  # of the mel distance of the one-step sample; 0 in comparisons of methods
 
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-3
@@ -107,7 +113,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evals = ConfigDict()
     config.evals.validation = dict(type="validation", batches=2 if short else 8, seconds=seconds / 2, **when)
     config.evals.reconstruction = dict(
-        type="reconstruction", num_clips=4 if short else 24, seconds=seconds, nfe=nfe, autoencoder="", **when
+        type="reconstruction",
+        num_clips=4 if short else 24,
+        seconds=seconds,
+        nfe=nfe,
+        autoencoder="",
+        num_codebooks=(),  # to decode at lower bitrates too, by the first so many codebooks
+        **when,
     )
     config.evals.samples = dict(type="sampling", num_clips=4, seconds=seconds, nfe=nfe, **when)
     # In batches of one shape with the clips above, which share their compiled program.

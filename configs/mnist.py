@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         backbone="conv",
         tokens="mdct",
         conditioning="latent",  # what the decoder knows of the image: its code; label; none
+        quantizer="fsq",
         variant="N",
         runlocal=False,
     )
@@ -54,8 +55,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.backbone = arg.backbone
     config.model.output = "x"
     config.model.conditioning = arg.conditioning
-    config.model.quantizer = "fsq"
+    config.model.quantizer = arg.quantizer
     config.model.fsq_levels = 8
+    config.model.num_quantizers = 3  # of rvq
+    config.model.codebook_size = 256
+    config.model.quantizer_dropout = 0.0  # share of the clips that train with fewer codebooks
     config.model.latent_dim = 8
     config.model.downsample = 8 if arg.tokens == "mdct" else 7
     config.model.times = "t_h"

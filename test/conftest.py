@@ -1,4 +1,4 @@
-"""What tests in several folders share: compiled programs, and a small MNIST."""
+"""What tests in several folders share: compiled programs, a codec of random weights, and a small MNIST."""
 
 import io
 import os
@@ -21,6 +21,35 @@ def compile_once(tmp_path_factory):
 
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="session")
+def random_codec():
+    """`random_codec(seed=0, tokens={}, **network)`: 8 kHz, 64 samples a code frame, 8 x 4 levels, untrained."""
+    import jax
+    import numpy as np
+
+    from meanflow_audio_codec.codec import Codec
+    from meanflow_audio_codec.models.codec import CodecModel
+
+    mdct = {"name": "mdct", "hop_length": 32, "group": 1, "window": "sine", "exponent": 0.5, "eps": 1e-4}
+
+    def make(seed=0, tokens=None, **network):
+        rng = np.random.default_rng(seed)
+        network = {"variant": "mu", "latent_dim": 8, "fsq_levels": 4, "downsample": 2} | network
+        config = {"objective": "improved_mean_flow", "sample_rate": 8000, "tokens": mdct | (tokens or {})}
+        model = CodecModel(features=32, **network)
+        example = np.zeros((1, 2 * network["downsample"], 32), np.float32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+        leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+        arrays = {"scale": np.linspace(0.3, 0.05, 32, dtype=np.float32)}
+        for path, leaf in leaves:  # of unit gain, none at zero; 16 bits, as in a bundle
+            gain = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 1.0
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            arrays[name] = (gain * rng.normal(size=leaf.shape)).astype(np.float16)
+        return Codec(f"random_{seed}", config | {"model": network}, arrays)
+
+    return make
 
 
 @pytest.fixture(scope="session")

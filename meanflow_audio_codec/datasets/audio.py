@@ -204,8 +204,8 @@ def check_channels(file: AudioFile, channels: int) -> None:
         )
 
 
-def find_audio(root: Path) -> list[str]:
-    """Return the names below root that end as audio does, sorted; a folder linked into itself is visited once."""
+def find_audio(root: Path, formats: tuple[str, ...] = FORMATS) -> list[str]:
+    """Return the names below root with a suffix of `formats`, sorted; a folder linked into itself is visited once."""
     names, visited = [], set()
     for folder, subfolders, entries in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -216,7 +216,7 @@ def find_audio(root: Path) -> list[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for entry in entries:
             # Dot files: macOS leaves a ._song.mp3, which is no audio, beside song.mp3.
-            if entry.lower().endswith(FORMATS) and not entry.startswith("."):
+            if entry.lower().endswith(formats) and not entry.startswith("."):
                 names.append(Path(folder, entry).relative_to(root).as_posix())
     return sorted(names)
 

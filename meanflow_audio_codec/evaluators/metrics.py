@@ -7,6 +7,7 @@ half a window is reflected as often as it takes; a single sample is repeated.
 
     SI-SDR   10 log10 |a x|^2 / |y - a x|^2, a = <x, y> / <x, x>, after the means are removed
     mel      sum over 7 windows of mean |log10 max(M X, 1e-5) - log10 max(M Y, 1e-5)|
+    mel16    mel of both resampled to 16 kHz: blind above 8 kHz
     STFT     sum over 2 windows of mean |log10 max(X, 1e-5)^2 - log10 max(Y, 1e-5)^2| + mean |X - Y|
     MR-STFT  mean over 3 sizes of ||X - Y|| / ||X|| + mean |ln X - ln Y|, with X, Y >= 1e-4
     LSD      mean over frames of the RMS over bins of 20 log10 X/Y, both at least -100 dBFS
@@ -27,6 +28,7 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.fft
+import soxr
 from jaxtyping import Complex64, Float, Float32, Float64
 
 from meanflow_audio_codec.errors import InputError
@@ -44,6 +46,7 @@ STFT_WINDOWS = (2048, 512)
 MRSTFT_SIZES = ((512, 50, 240), (1024, 120, 600), (2048, 240, 1200))  # FFT, hop, window
 LSD_WINDOW = 2048
 CLAMP = 1e-5  # on magnitudes and mels (DAC)
+MEL16_HZ = 16000
 FLOOR_DBFS = -100.0
 SI_SDR_LIMIT_DB = 100.0
 SILENCE = 1e-20  # mean square after the mean is removed; float32 rounding of a constant stays below it
@@ -91,6 +94,22 @@ def mel_distance(
 ) -> Float64[np.ndarray, "*b"]:
     """Compute DAC's mel distance: 7 windows of 32 to 2048, 5 to 320 mels to sample_rate / 2."""
     return _each_clip(functools.partial(_mel_distance, sample_rate=sample_rate), reference, decoded)
+
+
+def mel16_distance(
+    reference: Float[np.ndarray, "*b s"], decoded: Float[np.ndarray, "*b s"], sample_rate: int
+) -> Float64[np.ndarray, "*b"]:
+    """Compute the mel distance up to 8 kHz, of both signals resampled to 16 kHz.
+
+    Full-band mel and STFT distances of a decoder that leaves the treble out measure little else; this one does not see
+    the treble, so the two together tell bandwidth from fidelity.
+
+    Raises:
+        InputError: See `audio_metrics`, or `sample_rate` is below 16 kHz.
+    """
+    if sample_rate < MEL16_HZ:
+        raise InputError(f"sample_rate={sample_rate}: mel16 looks up to 8 kHz, so needs {MEL16_HZ} Hz or more")
+    return _each_clip(functools.partial(_mel16_distance, sample_rate=sample_rate), reference, decoded)
 
 
 def stft_distance(
@@ -198,6 +217,10 @@ def _mel_distance(x: np.ndarray, y: np.ndarray, sample_rate: int) -> float:
         x_mel, y_mel = (np.sqrt(_power(stft(a, window_length, window_length // 4))) @ filterbank for a in (x, y))
         total += _mean_abs(np.log10(np.maximum(x_mel, CLAMP) / np.maximum(y_mel, CLAMP)))
     return total
+
+
+def _mel16_distance(x: np.ndarray, y: np.ndarray, sample_rate: int) -> float:
+    return _mel_distance(*(soxr.resample(a, sample_rate, MEL16_HZ, "HQ") for a in (x, y)), MEL16_HZ)
 
 
 def _stft_distance(x: np.ndarray, y: np.ndarray) -> float:

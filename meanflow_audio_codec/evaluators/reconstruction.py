@@ -1,5 +1,6 @@
 """Distances between held-out clips and their decoding, for each number of network evaluations."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ class Evaluator:
 
     `autoencoder`, unless empty, is the workdir of the autoencoder rung on the same data and codes: its newest error is
     the denominator of `mse_ratio`, 2 for a perfect sampler of the posterior, below 2 for one that is too sure.
+    `num_codebooks` are lower bitrates to decode at besides that of all codebooks.
     """
 
     def __init__(
@@ -26,26 +28,28 @@ class Evaluator:
         seconds: float,
         nfe: tuple[int, ...],
         autoencoder: str,
+        num_codebooks: tuple[int, ...] = (),
     ):
-        self._context, self._nfe = context, nfe
+        self._context, self._nfe, self._kept = context, nfe, (None, *num_codebooks)
         self._clips, _ = context.examples(num_clips, seconds)
         self._autoencoder_mse = _newest_mse(autoencoder) if autoencoder else None
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
-        """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels."""
-        for nfe in self._nfe:
-            decoded, errors = decode(self._context, state, self._clips, nfe)
+        """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels; by n codebooks reconstruction_n/..."""
+        for nfe, kept in itertools.product(self._nfe, self._kept):
+            group = "reconstruction" if kept is None else f"reconstruction_{kept}"
+            decoded, errors = decode(self._context, state, self._clips, nfe, kept)
             x_mse = float(errors.mean())
-            yield f"reconstruction/x_mse_nfe{nfe}", x_mse
-            if self._autoencoder_mse is not None:
-                yield f"reconstruction/mse_ratio_nfe{nfe}", x_mse / self._autoencoder_mse
+            yield f"{group}/x_mse_nfe{nfe}", x_mse
+            if self._autoencoder_mse is not None and kept is None:
+                yield f"{group}/mse_ratio_nfe{nfe}", x_mse / self._autoencoder_mse
             scores = audio_metrics(
                 np.moveaxis(self._clips["audio"], 1, 2),
                 np.moveaxis(decoded, 1, 2),
                 self._context.sample_rate,
             )
             for name, values in scores.items():
-                yield f"reconstruction/{name}_nfe{nfe}", float(np.mean(values))
+                yield f"{group}/{name}_nfe{nfe}", float(np.mean(values))
 
 
 def _newest_mse(workdir: str) -> float:

@@ -43,12 +43,16 @@ NUM_CLASSES = 10  # of labels: MNIST's digits
 
 
 class Encoder(nn.Module):
-    """Tokens to latents: half of the blocks before, half after joining `downsample` frames to one."""
+    """Tokens to latents: half of the blocks before, half after joining `downsample` frames to one.
+
+    With `linear` a matrix leads from the joined tokens to the latents beside the blocks, whose width is then no limit.
+    """
 
     width: int
     depth: int
     downsample: int
     latent_dim: int
+    linear: bool = False
     dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
@@ -61,7 +65,10 @@ class Encoder(nn.Module):
         y = nn.Dense(self.width)(y.reshape(b, l // self.downsample, self.downsample * d))
         for _ in range(self.depth - self.depth // 2):
             y = layers.Block(dtype=self.dtype)(y)
-        return nn.Dense(self.latent_dim)(nn.LayerNorm(epsilon=1e-5)(y))
+        latents = nn.Dense(self.latent_dim)(nn.LayerNorm(epsilon=1e-5)(y))
+        if self.linear:
+            latents += nn.Dense(self.latent_dim, use_bias=False)(x.reshape(b, l // self.downsample, -1))
+        return latents
 
 
 class Upsampler(nn.Module):
@@ -84,8 +91,24 @@ class Upsampler(nn.Module):
         return nn.LayerNorm(epsilon=1e-5)(y)
 
 
+class CoarseHead(nn.Module):
+    """What the code says of the tokens themselves: a matrix from the latents, and what the upsampler's view adds."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "b m k"], cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
+        b, m, _ = latents.shape
+        linear = nn.Dense(cond.shape[1] // m * self.features)(latents).reshape(b, -1, self.features)
+        return linear + nn.Dense(self.features, kernel_init=nn.initializers.zeros)(cond)
+
+
 class CodecModel(nn.Module):
-    """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`."""
+    """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
+
+    With `coarse` a head gives a first estimate of x from the code, trained as the autoencoder's rung is, and the flow is
+    that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. `cond` then ends with the estimate.
+    """
 
     features: int
     variant: str = "Ti"
@@ -94,8 +117,12 @@ class CodecModel(nn.Module):
     conditioning: str = "latent"
     quantizer: str = "fsq"
     fsq_levels: int = 4
+    num_quantizers: int = 8
+    codebook_size: int = 1024
+    quantizer_dropout: float = 0.0
     latent_dim: int = 64
     downsample: int = 2
+    coarse: bool = False
     times: str = "t_h"
     time_scale: float = 1.0
     velocity_head: bool = False
@@ -108,38 +135,107 @@ class CodecModel(nn.Module):
             ("output", self.output, ("x", "u")),
             ("conditioning", self.conditioning, ("latent", "label", "none")),
             ("times", self.times, ("t_h", "h")),
-            ("quantizer", self.quantizer, ("fsq", "none")),
+            ("quantizer", self.quantizer, ("fsq", "rvq", "none")),
             ("dtype", self.dtype, ("float32", "bfloat16")),
         ):
             if value not in known:
                 raise InputError(f"model.{field} is {value!r}; choose one of {', '.join(known)}")
-        for field, least in (("fsq_levels", 2), ("latent_dim", 1), ("downsample", 1)):
-            if getattr(self, field) < least:
-                raise InputError(f"model.{field} is {getattr(self, field)}; choose {least} or more")
+        least = {"fsq_levels": 2, "num_quantizers": 1, "codebook_size": 2, "latent_dim": 1, "downsample": 1}
+        for field, bound in least.items():
+            if getattr(self, field) < bound:
+                raise InputError(f"model.{field} is {getattr(self, field)}; choose {bound} or more")
+        if not 0 <= self.quantizer_dropout <= 1:
+            raise InputError(f"model.quantizer_dropout is {self.quantizer_dropout}; choose a share from 0 to 1")
+        if self.quantizer == "none" and self.quantizer_dropout:
+            raise InputError("model.quantizer_dropout: quantizer 'none' has no codebooks to drop; choose fsq or rvq")
         size, dtype = VARIANTS[self.variant], jnp.dtype(self.dtype)
         width, side = size["width"], size["side_depth"]
         if self.conditioning == "latent":
-            self.encoder = Encoder(width, side, self.downsample, self.latent_dim, dtype)
+            self.encoder = Encoder(width, side, self.downsample, self.latent_dim, self.coarse, dtype)
+            if self.quantizer == "rvq":
+                self.rvq = quantizers.ResidualQuantizer(self.num_quantizers, self.codebook_size, self.latent_dim)
         elif self.conditioning == "label":
             self.label_embedding = nn.Embed(NUM_CLASSES, self.latent_dim)
         self.upsampler = Upsampler(width, side, self.downsample, dtype)
+        if self.coarse:
+            self.coarse_head = CoarseHead(self.features)
         backbone = BACKBONES[self.backbone]
         self.decoder = backbone(width, size["depth"], self.times, self.time_scale, dtype)
 
-    def encode(self, x: Float[Array, "b l f"]) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"], dict[str, Any]]:
-        """Return quantized latents, their codes and the quantizer's metrics; m = l / downsample."""
+    @property
+    def num_codebooks(self) -> int:
+        """Integers in the code of a latent: one for each dimension (fsq), one for each quantizer (rvq), or none."""
+        return {"fsq": self.latent_dim, "rvq": self.num_quantizers, "none": 0}[self.quantizer]
+
+    @property
+    def cardinality(self) -> int:
+        """Values that each of them may have: 0 to cardinality - 1."""
+        return {"fsq": self.fsq_levels, "rvq": self.codebook_size, "none": 1}[self.quantizer]
+
+    @property
+    def bitrate_steps(self) -> tuple[int, ...]:
+        """Numbers of codebooks that quantizer dropout keeps: each with rvq, up to 8 evenly spaced ones with fsq."""
+        count = self.num_codebooks
+        steps = min(8, count) if self.quantizer == "fsq" else count
+        return tuple(-(-step * count // steps) for step in range(1, steps + 1))
+
+    @property
+    def encoder_context(self) -> int:
+        """Tokens to each side that a code depends on."""
+        side = VARIANTS[self.variant]["side_depth"]
+        before, after = side // 2, side - side // 2
+        return layers.Block.kernel_size // 2 * (before + self.downsample * after) + self.downsample - 1
+
+    def decoder_context(self, nfe: int) -> int:
+        """Tokens to each side whose codes and noise a token depends on, decoded by `nfe` evaluations."""
+        size = VARIANTS[self.variant]
+        decoder = BACKBONES[self.backbone](size["width"], size["depth"], parent=None)
+        return self.encoder_context + nfe * decoder.context  # the upsampler sees as far as the encoder
+
+    def encode(
+        self, x: Float[Array, "b l f"], num_codebooks: quantizers.Kept = None
+    ) -> tuple[Float[Array, "b m k"], Int[Array, "b m q"], dict[str, Any]]:
+        """Return quantized latents, their codes and the quantizer's metrics; m = l / downsample.
+
+        `num_codebooks` are kept in the latents, for all clips or for each; None: all. The codes are of all codebooks.
+        """
         latents = self.encoder(x)
+        self._check_kept(num_codebooks)
         if self.quantizer == "none":
-            return latents, jnp.zeros(latents.shape, jnp.int32), {}
-        return quantizers.fsq(latents, self.fsq_levels)
+            return latents, jnp.zeros((*latents.shape[:2], 0), jnp.int32), {}
+        if self.quantizer == "rvq":
+            return self.rvq(latents, num_codebooks)
+        return quantizers.fsq(latents, self.fsq_levels, num_codebooks)
+
+    def dequantize(self, codes: Int[Array, "b m q"], num_codebooks: int | None = None) -> Float[Array, "b m k"]:
+        """Return the quantized latents of the first `num_codebooks` of `codes`, of all that are given if None."""
+        self._check_kept(num_codebooks)
+        if self.quantizer == "none":
+            raise InputError("model.quantizer is 'none': there are no codes to decode; train with fsq or rvq")
+        codes = codes[..., :num_codebooks]
+        if self.quantizer == "rvq":
+            return self.rvq.dequantize(codes)
+        unsent = self.latent_dim - codes.shape[-1]
+        return jnp.pad(quantizers.fsq_dequantize(codes, self.fsq_levels), ((0, 0), (0, 0), (0, unsent)))
+
+    def condition_on(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:
+        """Return what quantized latents tell the decoder; l = m * downsample."""
+        cond = self.upsampler(latents)
+        if self.coarse:
+            cond = jnp.concatenate([cond, self.coarse_head(latents, cond)], axis=-1)
+        return cond
+
+    def coarse_estimate(self, cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
+        """Return the first estimate of x that `cond` holds, 0 without `coarse`."""
+        return cond[..., -self.features :] if self.coarse else jnp.zeros((*cond.shape[:2], self.features))
 
     def condition(
-        self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None
+        self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None, num_codebooks: quantizers.Kept = None
     ) -> tuple[Float[Array, "b l d"], dict[str, Any]]:
         """Return what the decoder may know: the upsampled code of x, or its label, with the quantizer's metrics."""
         metrics = {}
         if self.conditioning == "latent":
-            latents, _, metrics = self.encode(x)
+            latents, _, metrics = self.encode(x, num_codebooks)
         elif self.conditioning == "label":
             if label is None:
                 raise InputError("model.conditioning is 'label', but this data has no labels; choose latent or none")
@@ -148,7 +244,14 @@ class CodecModel(nn.Module):
             latents = jnp.zeros((len(x), 1, self.latent_dim))
         # One vector serves all latents of a clip; what tells its frames apart is the upsampler.
         latents = jnp.broadcast_to(latents, (len(x), x.shape[1] // self.downsample, self.latent_dim))
-        return self.upsampler(latents), metrics
+        return self.condition_on(latents), metrics
+
+    def _check_kept(self, num_codebooks: quantizers.Kept) -> None:
+        """Refuse a number that the model does not have, where it is known before the program runs."""
+        if isinstance(num_codebooks, int) and not 1 <= num_codebooks <= self.num_codebooks:
+            raise InputError(
+                f"num_codebooks={num_codebooks}: this model has {self.num_codebooks}; choose 1 or more of them"
+            )
 
     def flow(
         self,
@@ -158,19 +261,26 @@ class CodecModel(nn.Module):
         cond: Float[Array, "b l d"],
     ) -> Float[Array, "b l f"]:
         """Return the average velocity u(z_t, t, r | cond) over [r, t], t = 1 being noise and t = 0 data."""
-        return self._as_velocity(self.decoder(z, t, t - r, cond), z, t)
+        return self._as_velocity(z, t, t - r, cond)
 
     def velocity(
         self, z: Float[Array, "b l f"], t: Float[Array, "b"], cond: Float[Array, "b l d"]
     ) -> Float[Array, "b l f"]:
         """Return the velocity v(z_t, t | cond) of the auxiliary head, which `velocity_head` adds for training."""
-        return self._as_velocity(self.decoder(z, t, jnp.zeros_like(t), cond, velocity=True), z, t)
+        return self._as_velocity(z, t, jnp.zeros_like(t), cond, velocity=True)
 
-    def _as_velocity(self, raw: Array, z: Array, t: Array) -> Array:
+    def _as_velocity(self, z: Array, t: Array, h: Array, cond: Array, velocity: bool = False) -> Array:
+        t_row = t[:, None, None]
+        if not self.coarse:
+            raw = self.decoder(z, t, h, cond, velocity)
+        else:
+            coarse = self.coarse_estimate(cond)
+            raw = self.decoder(z - (1 - t_row) * coarse, t, h, cond, velocity)
+            raw = raw + coarse if self.output == "x" else raw - coarse
         if self.output == "u":
             return raw
         # Not clip(t, 0.05, 1), whose derivative at its bound, where one-step rows lie, is half the right one.
-        return (z - raw) / jnp.maximum(t, 0.05)[:, None, None]
+        return (z - raw) / jnp.maximum(t_row, 0.05)
 
     def __call__(self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None) -> Float[Array, "b l f"]:
         """Touch every parameter once, for initialisation."""

@@ -13,5 +13,9 @@ class ConvFlow(layers.Backbone):
 
     kernel_size: int = 7
 
+    @property
+    def context(self) -> int:
+        return self.depth * (self.kernel_size // 2)
+
     def block(self, i: int, y: Float[Array, "b l d"], film: Float[Array, "b l w"]) -> Float[Array, "b l d"]:
         return layers.Block(self.kernel_size, self.dtype)(y, film)

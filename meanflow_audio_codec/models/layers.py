@@ -123,8 +123,8 @@ class Head(nn.Module):
 class Backbone(nn.Module):
     """Map noised tokens, times and conditioning to tokens: film and stem, `depth` times `block`, head.
 
-    A subclass gives `block(i, y, film)`, the i-th block [b, l, d] -> [b, l, d]. With `velocity` the result is an
-    auxiliary head's on the same trunk, with parameters of its own.
+    A subclass gives `block(i, y, film)`, the i-th block [b, l, d] -> [b, l, d], and `context`, the frames to each side
+    that an output sees. With `velocity` the result is an auxiliary head's on the same trunk, with its own parameters.
     """
 
     width: int

@@ -45,6 +45,10 @@ class MixerFlow(layers.Backbone):
 
     window: int = 32
 
+    @property
+    def context(self) -> int:
+        return self.depth * self.window
+
     def block(self, i: int, y: Float[Array, "b l d"], film: Float[Array, "b l w"]) -> Float[Array, "b l d"]:
         y = TokenMixing(self.window, i % 2 * (self.window // 2), self.dtype)(y, film)
         return layers.Block(kernel_size=1, dtype=self.dtype)(y, film)

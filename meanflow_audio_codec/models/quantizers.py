@@ -1,33 +1,151 @@
-"""Quantizers: `latents [b, m, k] -> (quantized [b, m, k], codes [b, m, k] int32, metrics)`, gradients straight through.
+"""Quantizers: `latents [b, m, k] -> (quantized [b, m, k], codes [b, m, q] int32, metrics)`, gradients straight through.
 
 FSQ: Mentzer et al., Finite Scalar Quantization (arXiv 2309.15505). Each of k dimensions is squashed to (-1, 1) and
 rounded to one of `levels` equidistant values, ends included: m latents a second cost `m * k * log2(levels)` bits a
-second, and there is no codebook whose entries could go unused.
+second, and there is no codebook whose entries could go unused. Each dimension counts as a codebook, q = k.
+
+RVQ: residual vector quantization with low-dimensional codebooks as in DAC (Kumar et al., arXiv 2306.06546): each of q
+codebooks names what those before it have left over, in a space of 8 dimensions with projections of its own. Unlike in
+DAC vectors and entries have length 1 (Yu et al., arXiv 2110.04627), and the commitment and codebook losses are means
+over the codebooks, not sums. At first the decoder is deaf to the code, for its gates are zero, and its loss, divided by
+itself, has small gradients: a stronger pull collapses all vectors onto one entry before the decoder listens.
+
+Several bitrates from one model: every quantizer takes `num_codebooks`, how many are kept, the first ones; one number
+for all clips, or one for each. The codes are always those of all codebooks; of the kept ones they do not depend on how
+many are kept. Without the others a dimension of FSQ is 0, which says "not sent" (an even number of levels has no 0),
+and RVQ sums fewer terms. Training on a random number of them (`draw_num_codebooks`) is quantizer dropout.
+
+Metrics are scalars over the batch and all codebooks: `bits` and `perplexity`, the mean over codebooks of the entropy H
+of an index and of 2^H; `usage`, the share of the entries that occur; of RVQ also `loss`, to be added to the training
+loss.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+Kept = int | Int[Array, "b"] | Int[Array, ""] | None
+Quantized = tuple[Float[Array, "b m k"], Int[Array, "b m q"], dict[str, Float[Array, ""]]]
+
+COMMITMENT_WEIGHT, CODEBOOK_WEIGHT = 0.25, 1.0  # DAC's
 
 
-def fsq(
-    latents: Float[Array, "b m k"], levels: int
-) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"], dict[str, Float[Array, ""]]]:
-    """Round every dimension to `levels` values in [-1, 1].
-
-    Returns the quantized latents, their indices 0..levels-1, and metrics: `perplexity` (mean over dimensions of
-    2^entropy of its indices in this batch; at most `levels`) and `bits`, the mean entropy of an index in bits.
-    """
+def fsq(latents: Float[Array, "b m k"], levels: int, num_codebooks: Kept = None) -> Quantized:
+    """Round every dimension to `levels` values in [-1, 1], and those that are not kept to 0."""
     unit = (jnp.tanh(latents) + 1) / 2 * (levels - 1)
-    codes = jnp.round(unit)
-    straight_through = unit + jax.lax.stop_gradient(codes - unit)
-    codes = codes.astype(jnp.int32)
-    usage = jax.nn.one_hot(codes, levels).mean(axis=(0, 1))
-    entropy = -jnp.sum(jax.scipy.special.xlogy(usage, usage), axis=-1) / jnp.log(2.0)
-    metrics = {"perplexity": jnp.mean(2**entropy), "bits": jnp.mean(entropy)}
-    return straight_through * 2 / (levels - 1) - 1, codes, metrics
+    codes = jnp.round(unit).astype(jnp.int32)
+    quantized = _straight_through(fsq_dequantize(codes, levels), unit * 2 / (levels - 1) - 1)
+    if num_codebooks is not None:
+        quantized = jnp.where(_kept(num_codebooks, latents.shape[-1])[:, None], quantized, 0.0)
+    return quantized, codes, _code_metrics(codes, levels)
 
 
 def fsq_dequantize(codes: Int[Array, "b m k"], levels: int) -> Float[Array, "b m k"]:
-    """Return the values in [-1, 1] that `codes` stand for."""
-    return codes.astype(jnp.float32) * 2 / (levels - 1) - 1
+    """Return the values in [-1, 1] that `codes` stand for, the same to the bit in every program."""
+    # Looked up, for a compiler rounds c * 2 / (levels - 1) - 1 as it likes. These are XLA's values on a CPU: the
+    # reciprocal and the result are rounded to float32, what is between them is not.
+    reciprocal = np.float64(np.float32(1) / np.float32(levels - 1))
+    return jnp.asarray(np.arange(levels) * 2 * reciprocal - 1, jnp.float32)[codes]
+
+
+class VectorQuantizer(nn.Module):
+    """One codebook: project to `codebook_dim`, take the entry at the smallest angle, project back."""
+
+    num_entries: int
+    latent_dim: int
+    codebook_dim: int = 8
+
+    def setup(self):
+        shape = (self.latent_dim, self.codebook_dim)
+        self.project_in = self.param("project_in", nn.initializers.orthogonal(), shape)
+        self.bias_in = self.param("bias_in", nn.initializers.zeros, shape[1:])
+        self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.num_entries, self.codebook_dim))
+        # At first the way back from the subspace that project_in cuts out, for latents of variance 1: from a random one
+        # the sum would drift away from the latents with each codebook.
+        self.project_out = self.param("project_out", lambda _: self.codebook_dim**0.5 * self.project_in.T)
+        self.bias_out = self.param("bias_out", nn.initializers.zeros, shape[:1])
+
+    def __call__(
+        self, residual: Float[Array, "b m k"]
+    ) -> tuple[Float[Array, "b m k"], Int[Array, "b m"], Float[Array, "b"]]:
+        """Return the residual's approximation, its codes, and each clip's commitment and codebook loss."""
+        y, codebook = _unit(residual @ self.project_in + self.bias_in), _unit(self.codebook)
+        codes = jnp.argmax(y @ codebook.T, axis=-1).astype(jnp.int32)
+        entries = codebook[codes]
+        to_entries = jnp.mean((y - jax.lax.stop_gradient(entries)) ** 2, axis=(1, 2))
+        to_vectors = jnp.mean((entries - jax.lax.stop_gradient(y)) ** 2, axis=(1, 2))
+        loss = COMMITMENT_WEIGHT * to_entries + CODEBOOK_WEIGHT * to_vectors
+        return _straight_through(entries, y) @ self.project_out + self.bias_out, codes, loss
+
+    def dequantize(self, codes: Int[Array, "b m"]) -> Float[Array, "b m k"]:
+        """Return the approximation that `codes` stand for."""
+        return _unit(self.codebook)[codes] @ self.project_out + self.bias_out
+
+
+class ResidualQuantizer(nn.Module):
+    """RVQ: each codebook approximates what the sum of those before it leaves over."""
+
+    num_codebooks: int
+    num_entries: int
+    latent_dim: int
+
+    def setup(self):
+        self.quantizers = [VectorQuantizer(self.num_entries, self.latent_dim) for _ in range(self.num_codebooks)]
+
+    def __call__(self, latents: Float[Array, "b m k"], num_codebooks: Kept = None) -> Quantized:
+        """Return the sum of the kept approximations, the codes of all, and the metrics."""
+        kept = _kept(self.num_codebooks if num_codebooks is None else num_codebooks, self.num_codebooks)
+        residual, quantized, codes, loss = latents, jnp.zeros_like(latents), [], 0.0
+        for i, quantizer in enumerate(self.quantizers):
+            approximation, indices, losses = quantizer(residual)
+            residual = residual - approximation
+            quantized = quantized + jnp.where(kept[:, i, None, None], approximation, 0.0)
+            loss += jnp.mean(jnp.where(kept[:, i], losses, 0.0)) / self.num_codebooks
+            codes.append(indices)
+        codes = jnp.stack(codes, axis=-1)
+        return quantized, codes, _code_metrics(codes, self.num_entries) | {"loss": loss}
+
+    def dequantize(self, codes: Int[Array, "b m q"]) -> Float[Array, "b m k"]:
+        """Return the sum of as many approximations as there are codes."""
+        latents = jnp.zeros((*codes.shape[:2], self.latent_dim))
+        for i, quantizer in enumerate(self.quantizers[: codes.shape[-1]]):
+            latents = latents + quantizer.dequantize(codes[..., i])
+        return latents
+
+
+def _unit(v: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    return v * jax.lax.rsqrt(jnp.sum(v**2, axis=-1, keepdims=True) + 1e-12)
+
+
+def draw_num_codebooks(rng: PRNGKeyArray, rows: int, choices: tuple[int, ...], dropout: float) -> Int[Array, "rows"]:
+    """Draw how many codebooks each clip keeps: with probability `dropout` any of `choices`, else the last of them."""
+    rng_drop, rng_choice = jax.random.split(rng)
+    drawn = jax.random.choice(rng_choice, jnp.array(choices), (rows,))
+    return jnp.where(jax.random.uniform(rng_drop, (rows,)) < dropout, drawn, choices[-1])
+
+
+def _kept(num_codebooks: Kept, total: int) -> Bool[Array, "_ q"]:
+    """Which codebooks are kept, by clip, or in one row for all clips."""
+    return jnp.arange(total) < jnp.reshape(jnp.asarray(num_codebooks), (-1, 1))
+
+
+@jax.custom_jvp
+def _straight_through(value: Array, surrogate: Array) -> Array:
+    """Return `value`, exactly, with the derivative of `surrogate`.
+
+    In surrogate + stop_gradient(value - surrogate), the usual form, the sum is rounded.
+    """
+    return value
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[0], tangents[1]
+
+
+def _code_metrics(codes: Int[Array, "b m q"], cardinality: int) -> dict[str, Float[Array, ""]]:
+    share = jax.nn.one_hot(codes, cardinality).mean(axis=(0, 1))
+    entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1) / jnp.log(2.0)
+    return {"perplexity": jnp.mean(2**entropy), "bits": jnp.mean(entropy), "usage": jnp.mean(share > 0)}

@@ -72,6 +72,10 @@ class TransformerFlow(layers.Backbone):
 
     reach: int = 32
 
+    @property
+    def context(self) -> int:
+        return self.depth * self.reach
+
     def block(self, i: int, y: Float[Array, "b l d"], film: Float[Array, "b l w"]) -> Float[Array, "b l d"]:
         y = BandAttention(self.reach, self.dtype)(y, film)
         return layers.Block(kernel_size=1, dtype=self.dtype, mlp_ratio=2)(y, film)

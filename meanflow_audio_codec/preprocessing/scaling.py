@@ -87,6 +87,15 @@ def band_scale(
     return jnp.where(loudest > 0, jnp.maximum(rms, _SILENCE * loudest), jnp.ones_like(rms))
 
 
+def band_weight(bands: Int[np.ndarray, "f"]) -> Float[np.ndarray, "f"]:
+    """Weigh features so that every band counts alike, however many features it has; the mean weight is 1.
+
+    Bands are as wide as the ear's: of the bins of an MDCT most lie in the highest few, of which one hears little.
+    """
+    share = 1 / np.bincount(bands)[bands]
+    return (share / share.mean()).astype(np.float32)
+
+
 def normalize(
     tokens: Float[Array, "*b f"], scale: Float[Array, "f"], exponent: float, eps: float
 ) -> Float[Array, "*b f"]:

@@ -15,6 +15,8 @@ B. Moore, "Derivation of auditory filter shapes from notched-noise data", Hearin
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -199,6 +201,19 @@ class ReshapeTokenizer:
 
 
 TOKENIZERS = {"mdct": MdctTokenizer, "reshape": ReshapeTokenizer}
+
+
+def build_tokenizer(spec: Mapping[str, Any]) -> MdctTokenizer | ReshapeTokenizer:
+    """Build the tokenizer that `spec["name"]` names from the fields of `spec`, a `config.tokens`, that it has.
+
+    Raises:
+        InputError: There is no such tokenizer, or a field is out of range.
+    """
+    if spec["name"] not in TOKENIZERS:
+        raise InputError(f"tokens.name is {spec['name']!r}; choose one of {', '.join(TOKENIZERS)}")
+    cls = TOKENIZERS[spec["name"]]
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in spec.items() if name in fields})
 
 
 def _erb_bands(hop_length: int, sample_rate: int) -> Int[np.ndarray, "n"]:

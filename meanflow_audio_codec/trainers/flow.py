@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from meanflow_audio_codec.errors import InputError
 
@@ -159,6 +159,20 @@ def euler_sample(u_fn: UFn, z: Float[Array, "b *d"], cond: Any, nfe: int | Int[A
         InputError: `nfe`, if a Python int, is below 1.
     """
     return _walk(lambda z, t, r, cond: u_fn(z, t, t, cond), z, cond, nfe)
+
+
+# How each objective's network decodes: the walk, and whether it starts from noise or, as the autoencoder, from zero.
+SAMPLERS = {
+    "autoencoder": (flow_map_sample, 0.0),
+    "flow_matching": (euler_sample, 1.0),
+    "mean_flow": (flow_map_sample, 1.0),
+    "improved_mean_flow": (flow_map_sample, 1.0),
+}
+
+
+def frame_noise(rng: PRNGKeyArray, frames: Integer[Array, "l"], features: int) -> Float[Array, "l f"]:
+    """Draw decoding noise, each frame's from `rng` and its number alone: any chunk gets what the whole would."""
+    return jax.vmap(lambda frame: jax.random.normal(jax.random.fold_in(rng, frame), (features,)))(frames)
 
 
 def _walk(u_fn: UFn, z: Array, cond: Any, nfe: int | Array) -> Array:

@@ -29,6 +29,9 @@ progress shows in the raw errors, which are in the metrics. Over the many coeffi
 Delta_b^2 hardly varies about its mean and the weight leaves the optimum in place; over one or two
 it moves it from the mean towards a mode.
 
+With `weight` [f] the squares in Delta_b^2 count by the feature, the last axis: the optimum stays the same, what a small
+network and a short code are spent on does not.
+
 Every objective is `objective(u_fn, x, cond, rng, cfg) -> (loss, metrics)`. `cfg` has `norm_p` and
 `norm_eps`, and for the flows `time_sampler`, `P_mean`, `P_std`, `fm_fraction`. Times, residuals and
 losses are float32 whatever the network works in (float64 for float64 data). Gradients reach the
@@ -52,33 +55,40 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.trainers import flow
 
+Weight = Float[Array, "f"] | None
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 Tangent = Callable[[flow.UFn, Array, Array, Any, Array], Array]
 
 T_QUARTERS = ("t0_25", "t25_50", "t50_75", "t75_100")
 
 
-def autoencoder(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
+def autoencoder(
+    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any, weight: Weight = None
+) -> Loss:
     """Regress the data by one step from z = 0, equation (1). Deterministic: `rng` is not used."""
     x = _at_least_float32(x)
     x_hat = flow.flow_map_sample(u_fn, jnp.zeros_like(x), cond, nfe=1)
     residual = x_hat - x
-    loss = jnp.mean(_weighted(residual, cfg))
+    loss = jnp.mean(_weighted(residual, cfg, weight))
     return loss, jax.lax.stop_gradient({"loss": loss, "x_mse": _mean(residual**2)})
 
 
-def flow_matching(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
+def flow_matching(
+    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any, weight: Weight = None
+) -> Loss:
     """Regress the velocity at r = t, equation (2)."""
     x, e, rng_t, _ = _draw(rng, x)
     t = flow.sample_t(rng_t, len(x), cfg)
     residual = _v_residual(u_fn, x, e, t, cond)
-    loss = jnp.mean(_weighted(residual, cfg))
+    loss = jnp.mean(_weighted(residual, cfg, weight))
     return loss, jax.lax.stop_gradient({"loss": loss, **_v_metrics(residual, t)})
 
 
-def mean_flow(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
+def mean_flow(
+    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any, weight: Weight = None
+) -> Loss:
     """Regress the average velocity, equation (3), with the derivative along v = e - x."""
-    return _mean_flow_loss(u_fn, x, cond, rng, cfg, _conditional_velocity)
+    return _mean_flow_loss(u_fn, x, cond, rng, cfg, weight, _conditional_velocity)
 
 
 def improved_mean_flow(
@@ -87,6 +97,7 @@ def improved_mean_flow(
     cond: Any,
     rng: PRNGKeyArray,
     cfg: Any,
+    weight: Weight = None,
     v_fn: Callable[[Array, Array, Any], Array] | None = None,
 ) -> Loss:
     """Regress the average velocity, equation (4), with the derivative along u(z, t, t).
@@ -94,14 +105,21 @@ def improved_mean_flow(
     With `v_fn(z, t, cond)`, an auxiliary head, the derivative goes along its velocity instead, and the head learns by
     its own weighted error over all rows (arXiv 2512.02012, appendix A).
     """
-    return _mean_flow_loss(u_fn, x, cond, rng, cfg, _boundary_velocity, v_fn)
+    return _mean_flow_loss(u_fn, x, cond, rng, cfg, weight, _boundary_velocity, v_fn)
 
 
 OBJECTIVES = {f.__name__: f for f in (autoencoder, flow_matching, mean_flow, improved_mean_flow)}
 
 
 def _mean_flow_loss(
-    u_fn: flow.UFn, x: Array, cond: Any, rng: PRNGKeyArray, cfg: Any, tangent: Tangent, v_fn: Callable | None = None
+    u_fn: flow.UFn,
+    x: Array,
+    cond: Any,
+    rng: PRNGKeyArray,
+    cfg: Any,
+    weight: Weight,
+    tangent: Tangent,
+    v_fn: Callable | None = None,
 ) -> Loss:
     x, e, rng_t, rng_t_r = _draw(rng, x)
     n_fm = _num_fm_rows(cfg.fm_fraction, len(x))
@@ -114,12 +132,12 @@ def _mean_flow_loss(
     t_mf, r_mf = flow.sample_t_r(rng_t_r, len(x) - n_fm, cfg)
     u_residual, hdudt_over_u = _u_residual(u_fn, x[rest], e[rest], t_mf, r_mf, _rows(cond, rest), tangent)
 
-    terms = jnp.concatenate([_weighted(v_residual, cfg), _weighted(u_residual, cfg)])
+    terms = jnp.concatenate([_weighted(v_residual, cfg, weight), _weighted(u_residual, cfg, weight)])
     metrics = {**_v_metrics(v_residual, t), "u_mse": _mean(u_residual**2), "hdudt_over_u": hdudt_over_u}
     if v_fn is not None:
         times = jnp.concatenate([t, t_mf])
         head_residual = v_fn(flow.interpolate(x, e, times), times, cond) - (e - x)
-        terms += _weighted(head_residual, cfg)
+        terms += _weighted(head_residual, cfg, weight)
         metrics["v_head_mse"] = _mean(head_residual**2)
     loss = jnp.mean(terms)
     return loss, jax.lax.stop_gradient({"loss": loss, **metrics})
@@ -173,9 +191,10 @@ def _rows(cond: Any, rows: slice) -> Any:
     return jax.tree.map(lambda a: a[rows], cond)
 
 
-def _weighted(residual: Float[Array, "b ..."], cfg: Any) -> Float[Array, "b"]:
+def _weighted(residual: Float[Array, "b ..."], cfg: Any, weight: Weight) -> Float[Array, "b"]:
     """Each clip's term of equation (5)."""
-    delta2 = jnp.sum(residual**2, axis=tuple(range(1, residual.ndim)))
+    squares = residual**2 if weight is None else residual**2 * weight
+    delta2 = jnp.sum(squares, axis=tuple(range(1, residual.ndim)))
     return delta2 / jax.lax.stop_gradient(delta2 + cfg.norm_eps) ** cfg.norm_p
 
 

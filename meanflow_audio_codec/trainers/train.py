@@ -30,7 +30,7 @@ from meanflow_audio_codec.models.classifier import Classifier
 from meanflow_audio_codec.models.codec import CodecModel
 from meanflow_audio_codec.models.train_state import TrainState
 from meanflow_audio_codec.preprocessing import scaling
-from meanflow_audio_codec.preprocessing.tokenizers import TOKENIZERS
+from meanflow_audio_codec.preprocessing.tokenizers import build_tokenizer
 from meanflow_audio_codec.trainers import training_steps
 from meanflow_audio_codec.trainers.checkpoints import Checkpoints, newest_step, restore
 from meanflow_audio_codec.trainers.metric_writers import MetricWriter, Progress
@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     ################################################ Input
     classifying = config.objective.name == "classification"
-    tokenizer = None if classifying else _build("tokens", TOKENIZERS, config.tokens)
+    tokenizer = None if classifying else build_tokenizer(config.tokens)
     source = _open_input(config, tokenizer, workdir)
     total_steps = configuration.duration_steps(config, "total", batch_size, source.steps_per_epoch, None)
     every = lambda spec, name: configuration.duration_steps(spec, name, batch_size, source.steps_per_epoch, total_steps)
@@ -78,6 +78,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     else:
         features = tokenizer.num_features(source.segment[1])
         model = CodecModel(features=features, **_checked_fields("model", CodecModel, config.model))
+        _check_num_codebooks(config, model)
         loss_fn = training_steps.codec_loss(model, tokenizer, config)
         predict_fns = training_steps.codec_predict_fns(model, tokenizer, config)
         example = (jnp.zeros((1, tokenizer.num_tokens(source.segment[0]), features)), jnp.zeros(1, jnp.int32))
@@ -131,7 +132,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         stack.enter_context(_logging_to(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, first_step)))
-        _announce(config, source, state, first_step, total_steps)
+        _announce(config, model, source, state, first_step, total_steps)
 
         ############################################ Loop
         progress = stack.enter_context(contextlib.closing(Progress(first_step, total_steps, batch_size)))
@@ -215,6 +216,13 @@ def _check_objective(config: ConfigDict) -> None:
             raise InputError(f"evals.{key}.nfe={evaluations}: an autoencoder decodes by one evaluation; set it to (1,)")
 
 
+def _check_num_codebooks(config: ConfigDict, model: CodecModel) -> None:
+    for key, spec in config.evals.items():
+        for count in spec.get("num_codebooks", ()):
+            if not 1 <= count <= model.num_codebooks:
+                raise InputError(f"evals.{key}.num_codebooks={count}: choose 1 to {model.num_codebooks}, the model's")
+
+
 def _open_input(config: ConfigDict, tokenizer: Any, workdir: epath.Path) -> AudioInput | MnistInput:
     """Return the data; a run that is continued keeps what it began with."""
     name = config.input.name
@@ -247,14 +255,6 @@ def _measure_scale(config: ConfigDict, tokenizer: Any, source: AudioInput | Mnis
             raise InputError(f"tokens.scale is {name!r}; choose band or none")
 
 
-def _build(group: str, classes: dict[str, type], spec: ConfigDict) -> Any:
-    """Build the class that `spec.name` names from the fields of `spec` that it has."""
-    if spec.name not in classes:
-        raise InputError(f"{group}.name is {spec.name!r}; choose one of {', '.join(classes)}")
-    fields = {field.name for field in dataclasses.fields(classes[spec.name])}
-    return classes[spec.name](**{name: value for name, value in spec.items() if name in fields})
-
-
 def _checked_fields(group: str, cls: type, spec: ConfigDict) -> dict[str, Any]:
     """Return `spec` as keyword arguments of `cls`, refusing those that it has not."""
     fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", "features"}
@@ -279,11 +279,15 @@ def _logging_to(workdir: epath.Path) -> Iterator[None]:
 
 
 def _announce(
-    config: ConfigDict, source: AudioInput | MnistInput, state: TrainState, first_step: int, total_steps: int
+    config: ConfigDict,
+    model: CodecModel | Classifier,
+    source: AudioInput | MnistInput,
+    state: TrainState,
+    first_step: int,
+    total_steps: int,
 ) -> None:
     """Log what is about to happen, the data first."""
     log.info("data: %s", source.describe())
-    model = config.model
     task = config.objective.name
     if task != "classification":
         task += {
@@ -291,8 +295,8 @@ def _announce(
             "label": ", given the label",
             "none": ", given nothing",
         }[model.conditioning]
-        if model.conditioning == "latent" and model.quantizer == "fsq":
-            task += f" of {source.rate(model.latent_dim * math.log2(model.fsq_levels))}"
+        if model.conditioning == "latent" and model.num_codebooks:
+            task += f" of {source.rate(model.num_codebooks * math.log2(model.cardinality))}"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info(
         "%s, %.2f M parameters; steps %d to %d on %d %s",

@@ -15,24 +15,21 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 from ml_collections import ConfigDict
 
 from meanflow_audio_codec.datasets.inputs import Tokenizer, signals
+from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models.classifier import Classifier
 from meanflow_audio_codec.models.codec import CodecModel
+from meanflow_audio_codec.models.quantizers import draw_num_codebooks
 from meanflow_audio_codec.models.train_state import TrainState, ema_update
 from meanflow_audio_codec.preprocessing import scaling
-from meanflow_audio_codec.trainers import flow
+from meanflow_audio_codec.trainers import flow, spectral
 from meanflow_audio_codec.trainers.objectives import OBJECTIVES
 
 Batch = dict[str, Array]
 # loss_fn(params, scale [f], batch, rng) -> (loss, metrics)
 LossFn = Callable[[Any, Array, Batch, PRNGKeyArray], tuple[Float[Array, ""], dict[str, Array]]]
 
-# How each objective's network decodes: the walk, and whether it starts from noise or, as the autoencoder, from zero.
-SAMPLERS = {
-    "autoencoder": (flow.flow_map_sample, 0.0),
-    "flow_matching": (flow.euler_sample, 1.0),
-    "mean_flow": (flow.flow_map_sample, 1.0),
-    "improved_mean_flow": (flow.flow_map_sample, 1.0),
-}
+# Beyond the small numbers, for fold_in(rng, i) is the i-th key that the objective splits off.
+QUANTIZER_DROPOUT_STREAM, MEL_STREAM = 1 << 20, 1 << 21
 
 
 def make_train_step(
@@ -65,53 +62,96 @@ def make_train_step(
 def codec_loss(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> LossFn:
     """Return the loss of `config.objective` for the codec."""
     objective = OBJECTIVES[config.objective.name]
+    sampler, temperature = flow.SAMPLERS[config.objective.name]
+    weight = _feature_weight(tokenizer, config)
+
+    def one_step_mel(params: Any, scale: Array, signal: Array, cond: Array, rng: PRNGKeyArray) -> Float[Array, ""]:
+        """Return the mel distance of what one evaluation makes of fresh noise."""
+        noise = jax.random.normal(jax.random.fold_in(rng, MEL_STREAM), (*cond.shape[:2], model.features))
+        x_hat = sampler(_apply(model, params, "flow"), temperature * noise, cond, 1)
+        decoded = from_tokens(x_hat, scale, tokenizer, config, signal.shape)
+        rows = [jnp.swapaxes(a, 1, 2).reshape(-1, signal.shape[1]) for a in (signal, decoded)]
+        return jnp.mean(spectral.mel_distance(*rows, config.input.sample_rate))
 
     def loss_fn(params: Any, scale: Array, batch: Batch, rng: PRNGKeyArray):
         x = to_tokens(signals(batch), scale, tokenizer, config)
         # The code is computed once, outside the objective's JVP: along the path it is constant.
-        cond, code_metrics = _apply(model, params, "condition")(x, batch.get("label"))
+        kept = _draw_kept(model, rng, len(x))
+        cond, code_metrics = _apply(model, params, "condition")(x, batch.get("label"), kept)
         heads = {"v_fn": _apply(model, params, "velocity")} if model.velocity_head else {}
-        loss, metrics = objective(_apply(model, params, "flow"), x, cond, rng, config.objective, **heads)
+        loss, metrics = objective(_apply(model, params, "flow"), x, cond, rng, config.objective, weight, **heads)
+        if model.coarse:
+            u_coarse = lambda z, t, r, cond: z - _apply(model, params, "coarse_estimate")(cond)
+            coarse_loss, coarse_metrics = OBJECTIVES["autoencoder"](u_coarse, x, cond, rng, config.objective, weight)
+            loss, metrics["coarse_mse"] = loss + coarse_loss, coarse_metrics["x_mse"]
+        if "loss" in code_metrics:
+            loss += code_metrics["loss"]
+        if config.objective.get("mel_weight"):
+            distance = one_step_mel(params, scale, signals(batch), cond, rng)
+            loss += config.objective.mel_weight * distance
+            metrics["mel_distance"] = distance
+        if "bits" in code_metrics and "sample_rate" in config.input:
+            latent_rate = config.input.sample_rate / tokenizer.samples_per_token / model.downsample
+            code_metrics["kbps"] = code_metrics["bits"] * model.num_codebooks * latent_rate / 1000
         return loss, metrics | {f"code_{name}": value for name, value in code_metrics.items()}
 
     return loss_fn
 
 
+def _feature_weight(tokenizer: Tokenizer, config: ConfigDict) -> Float[Array, "f"] | None:
+    match config.objective.get("weighting", "feature"):  # images have no other
+        case "feature":
+            return None
+        case "band":
+            return jnp.asarray(scaling.band_weight(tokenizer.bands(config.input.channels, config.input.sample_rate)))
+        case name:
+            raise InputError(f"objective.weighting is {name!r}; choose feature or band")
+
+
+def _draw_kept(model: CodecModel, rng: PRNGKeyArray, rows: int) -> Int[Array, "b"] | None:
+    """Draw how many codebooks each clip keeps, None for all, by the step's key."""
+    if not model.quantizer_dropout:
+        return None
+    rng = jax.random.fold_in(rng, QUANTIZER_DROPOUT_STREAM)
+    return draw_num_codebooks(rng, rows, model.bitrate_steps, model.quantizer_dropout)
+
+
 def codec_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> dict[str, Callable]:
     """Return what evaluators call, all jitted and with the averaged parameters.
 
-    `loss(state, batch, rng)`: the objective's raw metrics.
-    `reconstruct(state, batch, seeds, nfe)`: decoded signals [b, s, c], and the squared error of each one's tokens [b].
-        Row i's noise is a function of seeds[i]. Without a code this is a sample that may know the label. One program
-        serves every nfe.
+    `loss(state, batch, rng)`: the objective's raw metrics, of all codebooks.
+    `reconstruct(state, batch, seeds, nfe, num_codebooks=None)`: decoded signals [b, s, c], and the squared error of
+        each one's tokens [b]. Row i's noise is a function of seeds[i]. Without a code this is a sample that may know
+        the label. One program serves every nfe, one more every number of codebooks kept.
     `condition(state, batch)`: what the decoder knows, [b, l, d].
     `flow(state, z, t, r, cond)`: one evaluation, u [b, l, f].
     """
-    loss_fn = codec_loss(model, tokenizer, config)
-    sampler, temperature = SAMPLERS[config.objective.name]
+    loss_fn = codec_loss(model.clone(quantizer_dropout=0.0), tokenizer, config)
+    sampler, temperature = flow.SAMPLERS[config.objective.name]
 
     @jax.jit
     def loss(state: TrainState, batch: Batch, rng: PRNGKeyArray):
         return loss_fn(state.ema_params, state.scale, batch, rng)[1]
 
     @jax.jit
-    def condition(state: TrainState, batch: Batch) -> Float[Array, "b l d"]:
+    def condition(state: TrainState, batch: Batch, num_codebooks: Array | None = None) -> Float[Array, "b l d"]:
         x = to_tokens(signals(batch), state.scale, tokenizer, config)
-        return _apply(model, state.ema_params, "condition")(x, batch.get("label"))[0]
+        return _apply(model, state.ema_params, "condition")(x, batch.get("label"), num_codebooks)[0]
 
     @jax.jit
     def u(state: TrainState, z: Array, t: Array, r: Array, cond: Array) -> Float[Array, "b l f"]:
         return _apply(model, state.ema_params, "flow")(z, t, r, cond)
 
     @jax.jit
-    def reconstruct(state: TrainState, batch: Batch, seeds: UInt32[Array, "b"], nfe: Array):
+    def reconstruct(
+        state: TrainState, batch: Batch, seeds: UInt32[Array, "b"], nfe: Array, num_codebooks: Array | None = None
+    ):
         signal = signals(batch)
         x = to_tokens(signal, state.scale, tokenizer, config)
-        noise = lambda seed: frame_noise(jax.random.key(seed), *x.shape[1:])
+        noise = lambda seed: flow.frame_noise(jax.random.key(seed), jnp.arange(x.shape[1]), x.shape[2])
         z = temperature * jax.vmap(noise)(seeds)
-        x_hat = sampler(_apply(model, state.ema_params, "flow"), z, condition(state, batch), nfe)
-        tokens = scaling.denormalize(x_hat, state.scale, config.tokens.exponent, config.tokens.eps)
-        decoded = tokenizer.detokenize(tokens, *signal.shape[1:])
+        x_hat = sampler(_apply(model, state.ema_params, "flow"), z, condition(state, batch, num_codebooks), nfe)
+        decoded = from_tokens(x_hat, state.scale, tokenizer, config, signal.shape)
         return decoded, jnp.mean((x_hat - x) ** 2, axis=(1, 2))
 
     return {"loss": loss, "reconstruct": reconstruct, "condition": condition, "flow": u}
@@ -144,10 +184,16 @@ def to_tokens(
     return scaling.normalize(tokenizer.tokenize(signal), scale, config.tokens.exponent, config.tokens.eps)
 
 
-def frame_noise(rng: PRNGKeyArray, num_frames: int, features: int) -> Float[Array, "l f"]:
-    """Draw a file's decoding noise: frame i depends on `rng` and i alone, so any chunk gets what the whole would."""
-    draw = lambda frame: jax.random.normal(jax.random.fold_in(rng, frame), (features,))
-    return jax.vmap(draw)(jnp.arange(num_frames))
+def from_tokens(
+    x: Float[Array, "b l f"],
+    scale: Float[Array, "f"],
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    shape: tuple[int, int, int],
+) -> Float[Array, "b s c"]:
+    """Invert `to_tokens`, to a signal of `shape` [b, s, c]."""
+    tokens = scaling.denormalize(x, scale, config.tokens.exponent, config.tokens.eps)
+    return tokenizer.detokenize(tokens, *shape[1:])
 
 
 def _apply(model: CodecModel, params: Any, method: str) -> Callable:

@@ -26,9 +26,9 @@ class Network:
     def __init__(self, decode=lambda audio, nfe: audio, losses=()):
         self.decode, self.losses, self.calls = decode, iter(losses), []
 
-    def reconstruct(self, state, batch, seeds, nfe):
+    def reconstruct(self, state, batch, seeds, nfe, *num_codebooks):
         audio = batch["audio"]
-        self.calls.append((len(audio), seeds.tolist(), nfe))
+        self.calls.append((len(audio), seeds.tolist(), nfe, *num_codebooks))
         decoded = self.decode(np.asarray(audio), nfe)
         return decoded, np.mean((decoded - audio) ** 2, axis=(1, 2))
 
@@ -47,9 +47,9 @@ def context(network, workdir="", channels=1, batch_size=2):
     return common.Context(predict_fns, examples, RATE, batch_size, workdir, None, None)
 
 
-def reconstruct(network, nfe=(1,), autoencoder="", num_clips=3, channels=1):
+def reconstruct(network, nfe=(1,), autoencoder="", num_clips=3, channels=1, num_codebooks=()):
     there = context(network, channels=channels)
-    return dict(reconstruction.Evaluator(there, num_clips, 0.3, nfe, autoencoder).run(STATE))
+    return dict(reconstruction.Evaluator(there, num_clips, 0.3, nfe, autoencoder, num_codebooks).run(STATE))
 
 
 def silence(audio, nfe):
@@ -128,6 +128,14 @@ def test_each_nfe_gets_its_own_scores_and_every_clip_counts():
     np.testing.assert_allclose(scores["reconstruction/x_mse_nfe2"], 4 / 3, rtol=1e-5)
     assert [(size, nfe) for size, _, nfe in network.calls] == [(2, 1), (1, 1), (2, 2), (1, 2)]
     assert [seeds for _, seeds, _ in network.calls] == [[0, 1], [2]] * 2  # each clip has its own noise, always the same
+
+
+def test_lower_bitrates_have_groups_of_their_own():
+    network = Network(lambda audio, nfe: audio + 1)
+    scores = reconstruct(network, num_codebooks=(8, 16))
+    for group in ("reconstruction", "reconstruction_8", "reconstruction_16"):
+        np.testing.assert_allclose(scores[f"{group}/x_mse_nfe1"], 1, rtol=1e-5)
+    assert [kept for _, _, _, *kept in network.calls] == [[], [], [8], [8], [16], [16]]
 
 
 def test_channels_are_scored_apart():

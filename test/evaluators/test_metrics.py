@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from scipy.signal import get_window
+from scipy.signal import get_window, resample_poly
 
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.evaluators import metrics
@@ -124,6 +124,24 @@ def test_distances_equal_their_definitions(pair):
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name  # float32 FFT
+
+
+def test_mel16_is_the_mel_distance_at_16_khz(pair):
+    assert metrics.mel16_distance(*pair, 16000) == metrics.mel_distance(*pair, 16000)
+    reference, decoded = noise(48000), noise(48000) + noise(48000, seed=1, level=0.03)
+    at_16_khz = [resample_poly(a, 1, 3, window=("kaiser", 12)).astype(np.float32) for a in (reference, decoded)]
+    expected = metrics.mel_distance(*at_16_khz, 16000)
+    assert metrics.mel16_distance(reference, decoded, 48000) == pytest.approx(expected, rel=0.02)  # filters differ
+
+
+def test_mel16_does_not_see_the_treble():
+    reference = noise(48000)
+    decoded = reference + 0.1 * np.sin(2 * np.pi * 12000 * np.arange(48000) / 48000).astype(np.float32)
+    assert metrics.mel_distance(reference, decoded, 48000) > 0.1
+    # What is left are the ends, where the tone begins at once.
+    assert metrics.mel16_distance(reference, decoded, 48000) < 0.01
+    with pytest.raises(InputError, match="needs 16000 Hz or more"):
+        metrics.mel16_distance(reference, decoded, 8000)
 
 
 def test_full_scale_sine_reads_0_dbfs():

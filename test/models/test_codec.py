@@ -61,7 +61,7 @@ def times(*values, dtype=np.float32):
 @pytest.mark.parametrize(
     ("backbone", "output", "quantizer", "dtype"),
     [
-        *itertools.product(codec.BACKBONES, ("x", "u"), ("fsq", "none"), ("float32",)),
+        *itertools.product(codec.BACKBONES, ("x", "u"), ("fsq", "rvq", "none"), ("float32",)),
         *itertools.product(codec.BACKBONES, ("x",), ("fsq",), ("bfloat16",)),
     ],
 )
@@ -73,9 +73,11 @@ def test_shapes(backbone, output, quantizer, dtype):
         lambda params, *inputs: model.apply({"params": params}, *inputs, method=method), params, *inputs
     )
     latents, codes, metrics = call("encode", x)
-    assert latents.shape == codes.shape == (3, FRAMES // 2, LATENTS)
+    assert latents.shape == (3, FRAMES // 2, LATENTS)
+    assert codes.shape == (3, FRAMES // 2, {"fsq": LATENTS, "rvq": 8, "none": 0}[quantizer])
     assert latents.dtype == jnp.float32 and codes.dtype == jnp.int32
-    assert set(metrics) == ({"perplexity", "bits"} if quantizer == "fsq" else set())
+    of_codes = {"perplexity", "bits", "usage"}
+    assert set(metrics) == {"fsq": of_codes, "rvq": of_codes | {"loss"}, "none": set()}[quantizer]
     cond, _ = call("condition", x)
     assert cond.shape == (3, FRAMES, 16)
     u = call("flow", x, t, t, cond)
@@ -97,7 +99,13 @@ def test_unknown_choice_is_refused_by_name(field):
         shapes_of(model, jnp.zeros((1, FRAMES, FEATURES)))
 
 
-@pytest.mark.parametrize(("field", "value"), [("fsq_levels", 1), ("latent_dim", 0), ("downsample", 0)])
+QUANTITIES = [
+    *(("fsq_levels", 1), ("latent_dim", 0), ("downsample", 0), ("num_quantizers", 0), ("codebook_size", 1)),
+    *(("quantizer_dropout", -0.1), ("quantizer_dropout", 1.1)),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), QUANTITIES)
 def test_impossible_number_is_refused_by_name(field, value):
     with pytest.raises(InputError, match=rf"model\.{field} is {value}"):
         shapes_of(tiny(**{field: value}), jnp.zeros((1, FRAMES, FEATURES)))
@@ -180,6 +188,81 @@ def test_a_label_without_labels_is_refused_by_name():
         shapes_of(tiny(conditioning="label"), jnp.zeros((1, FRAMES, FEATURES)))
 
 
+# --- codes: what the codec stores and decodes
+
+
+RVQ = {"quantizer": "rvq", "num_quantizers": 5, "codebook_size": 16}
+CODED = {"fsq": {"quantizer": "fsq", "fsq_levels": 6}, "rvq": RVQ}
+
+
+def test_codebooks_are_known_without_parameters():
+    """Bits of a latent are num_codebooks * log2(cardinality); dropout keeps each number of rvq's, eighths of fsq's."""
+    fsq, uneven, few = tiny(latent_dim=64, fsq_levels=4), tiny(latent_dim=20), tiny(latent_dim=3)
+    rvq, none = tiny(**RVQ), tiny(quantizer="none")
+    assert [(m.num_codebooks, m.cardinality) for m in (fsq, rvq, none)] == [(64, 4), (5, 16), (0, 1)]
+    assert fsq.bitrate_steps == tuple(range(8, 65, 8))
+    assert uneven.bitrate_steps == (3, 5, 8, 10, 13, 15, 18, 20)
+    assert (few.bitrate_steps, rvq.bitrate_steps) == ((1, 2, 3), (1, 2, 3, 4, 5))
+
+
+@pytest.fixture(scope="module", params=CODED)
+def coded(request):
+    """(model, parameters, x)."""
+    model, x = tiny(**CODED[request.param]), normal((3, FRAMES, FEATURES))
+    return model, random_params(shapes_of(model, x)), x
+
+
+def test_decoding_the_codes_gives_the_encoders_latents(coded):
+    """Of all codebooks, of fewer, of fewer in each clip; given all codes, or those that are kept."""
+    model, params, x = coded
+    encode = jax.jit(lambda params, kept: model.apply({"params": params}, x, kept, method="encode"))
+    count = model.num_codebooks
+    whole, codes, _ = encode(params, None)
+    assert codes.min() >= 0 and codes.max() < model.cardinality
+    by_clip, same, _ = encode(params, jnp.array([1, 2, count]))
+    np.testing.assert_array_equal(same, codes)
+    for clip, kept in enumerate((1, 2, count)):
+        latents, same, _ = encode(params, kept)
+        np.testing.assert_array_equal(same, codes)
+        np.testing.assert_array_equal(by_clip[clip], latents[clip])
+        for given in (codes, codes[..., :kept]):
+            decoded = model.apply({"params": params}, given, kept, method="dequantize")
+            if model.quantizer == "fsq":
+                np.testing.assert_array_equal(decoded, latents)
+                np.testing.assert_array_equal(decoded[..., kept:], 0)
+            np.testing.assert_allclose(decoded, latents, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(latents, whole)  # all are all
+
+
+def test_what_the_decoder_knows_comes_from_the_codes(coded):
+    """condition = upsample(dequantize(codes)), and fewer codebooks tell it something else."""
+    model, params, x = coded
+    apply = functools.partial(model.apply, {"params": params})
+    condition = jax.jit(lambda kept: apply(x, num_codebooks=kept, method="condition")[0])
+    from_codes = jax.jit(lambda codes: apply(apply(codes, method="dequantize"), method="condition_on"))
+    _, codes, _ = apply(x, method="encode")
+    np.testing.assert_allclose(from_codes(codes), condition(None), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(from_codes(codes[..., :2]), condition(2), rtol=1e-5, atol=1e-5)
+    assert np.abs(condition(2) - condition(None)).max() > 0.1
+
+
+@pytest.mark.parametrize("kept", [0, -1, 6])
+def test_a_number_of_codebooks_that_it_has_not_is_refused(kept):
+    model, x = tiny(**RVQ), jnp.zeros((1, FRAMES, FEATURES))
+    params = shapes_of(model, x)
+    for method, given in (("encode", x), ("dequantize", jnp.zeros((1, 4, 5), jnp.int32))):
+        with pytest.raises(InputError, match=f"num_codebooks={kept}: this model has 5"):
+            jax.eval_shape(lambda params: model.apply({"params": params}, given, kept, method=method), params)  # noqa: B023
+
+
+def test_without_a_quantizer_there_is_nothing_to_decode_or_drop():
+    x = jnp.zeros((1, FRAMES, FEATURES))
+    with pytest.raises(InputError, match="model.quantizer is 'none': there are no codes to decode"):
+        shapes_of(tiny(quantizer="none"), jnp.zeros((1, 4, 0), jnp.int32), method="dequantize")
+    with pytest.raises(InputError, match="model.quantizer_dropout: quantizer 'none' has no codebooks"):
+        shapes_of(tiny(quantizer="none", quantizer_dropout=0.5), x)
+
+
 # --- times and the auxiliary head
 
 
@@ -240,6 +323,33 @@ def test_velocity_head_leaves_the_average_velocity_as_it_is():
     u, u_without, v = outputs(params)
     np.testing.assert_allclose(u, u_without, rtol=1e-6, atol=1e-6)
     assert v.shape == z.shape and np.abs(u - v).max() > 0.1
+
+
+# --- the coarse head
+
+
+@pytest.mark.parametrize("output", ["x", "u"])
+def test_with_a_coarse_estimate_the_flow_is_that_of_what_it_leaves_over(output):
+    """x - c has the path z_t - (1 - t) c and the velocity v + c: so does the decoder's u, and one step adds c again."""
+    model, z = tiny(backbone="mlp", output=output, coarse=True), normal((3, FRAMES, FEATURES))
+    t, r = times(1.0, 0.6, 0.3), times(0.0, 0.1, 0.3)
+    params = random_params(shapes_of(model, z))
+    apply = lambda method, *inputs: model.apply({"params": params}, *inputs, method=method)
+    cond, _ = apply("condition", normal((3, FRAMES, FEATURES), seed=1))
+    coarse = apply("coarse_estimate", cond)
+    assert coarse.shape == z.shape and np.abs(coarse).max() > 0.1
+    residual = z - (1 - t)[:, None, None] * coarse
+    raw = model.bind({"params": params}).decoder(residual, t, t - r, cond)
+    of_the_rest = raw if output == "u" else (residual - raw) / t[:, None, None]
+    np.testing.assert_allclose(apply("flow", z, t, r, cond), of_the_rest - coarse, rtol=1e-4, atol=1e-4)
+
+
+def test_coarse_adds_parameters_under_its_names_alone():
+    example = jnp.zeros((1, FRAMES, FEATURES))
+    without, with_coarse = (shapes_of(tiny(coarse=coarse), example) for coarse in (False, True))
+    assert with_coarse.keys() - without.keys() == {"coarse_head"}
+    assert with_coarse["upsampler"] == without["upsampler"]
+    assert with_coarse["encoder"].keys() - without["encoder"].keys() == {"Dense_4"}
 
 
 # --- at the start
@@ -492,17 +602,19 @@ def test_condition_of_a_chunk_equals_that_of_the_whole(conditioner):
 # --- gradients
 
 
-@pytest.mark.parametrize("backbone", codec.BACKBONES)
-def test_gradients_pass_the_quantizer_to_every_parameter(backbone):
-    model, x = tiny(backbone=backbone), normal((2, FRAMES, FEATURES))
+@pytest.mark.parametrize(("backbone", "quantizer"), [*((name, "fsq") for name in codec.BACKBONES), ("conv", "rvq")])
+def test_gradients_pass_the_quantizer_to_every_parameter(backbone, quantizer):
+    model = tiny(backbone=backbone, **CODED[quantizer] | {"num_quantizers": 2})
+    x = normal((2, FRAMES, FEATURES))
     params = random_params(shapes_of(model, x))
     t, r = times(1.0, 0.7), times(0.0, 0.7)
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        cond, _ = model.apply({"params": params}, x, method="condition")
-        return jnp.sum(model.apply({"params": params}, x, t, r, cond, method="flow") ** 2)
+        cond, metrics = model.apply({"params": params}, x, method="condition")
+        u = model.apply({"params": params}, x, t, r, cond, method="flow")
+        return jnp.sum(u**2) + metrics.get("loss", 0.0)
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(gradient(params))):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)

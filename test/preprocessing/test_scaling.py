@@ -8,11 +8,13 @@ import pytest
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.preprocessing.scaling import (
     band_scale,
+    band_weight,
     compand,
     denormalize,
     expand,
     normalize,
 )
+from meanflow_audio_codec.preprocessing.tokenizers import MdctTokenizer
 
 MAGNITUDES = np.concatenate([[0.0], np.logspace(-12, 2, 200)])
 VALUES = np.concatenate([-MAGNITUDES[::-1], MAGNITUDES])
@@ -87,3 +89,12 @@ def test_wrong_input_names_the_field():
             compand(jnp.ones(2), exponent, 1e-4)
     with pytest.raises(InputError, match="eps"):
         expand(jnp.ones(2), 0.5, 0.0)
+
+
+def test_band_weight_gives_every_band_the_same_sum():
+    bands = MdctTokenizer(hop_length=512, group=2).bands(channels=1, sample_rate=44_100)
+    weight = band_weight(bands)
+    np.testing.assert_allclose(weight.mean(), 1, rtol=1e-6)
+    sums = np.bincount(bands, weights=weight)
+    np.testing.assert_allclose(sums, sums[0], rtol=1e-6)
+    assert weight[0] > 10 * weight[511]

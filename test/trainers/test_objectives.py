@@ -319,3 +319,15 @@ def test_one_step_hits_both_modes_where_flow_matching_collapses(train, bimodal):
     matching = train("flow_matching")
     assert sum(bimodal.near_modes(flow.euler_sample(matching, e, None, 1))) < 0.2
     assert sum(bimodal.near_modes(flow.euler_sample(matching, e, None, 64))) > 0.8
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_weighted_features_count_by_their_weight(name):
+    """Weight 0 silences a feature, weight 4 counts as a residual of twice the size."""
+    u_fn = lambda z, t, r, cond: 0.3 * z
+    x, cfg = jax.random.normal(key(1), (8, 5, 2)), config(norm_p=0.0)
+    whole = lambda weight: OBJECTIVES[name](u_fn, x, None, key(), cfg, jnp.array(weight))[0]
+    first, second, both = whole([1.0, 0.0]), whole([0.0, 4.0]), whole([1.0, 4.0])
+    np.testing.assert_allclose(first + second, both, rtol=1e-6)
+    np.testing.assert_allclose(second, 4 * whole([0.0, 1.0]), rtol=1e-6)
+    np.testing.assert_allclose(whole([1.0, 1.0]), OBJECTIVES[name](u_fn, x, None, key(), cfg)[0], rtol=1e-6)

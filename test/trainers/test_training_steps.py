@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from meanflow_audio_codec.configuration import load_config, override_from_flags
+from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models.codec import CodecModel
 from meanflow_audio_codec.models.train_state import TrainState
 from meanflow_audio_codec.preprocessing import scaling
@@ -151,6 +152,32 @@ def test_improved_mean_flow_trains_the_velocity_head(run, config):
             assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
 
 
+def test_the_products_losses_are_logged_and_reach_every_parameter(run, config):
+    _, _, state, batch, tokenizer = run
+    fields = {"model.coarse": True, "objective.weighting": "band", "objective.mel_weight": 1.0}
+    fields |= {"objective.fm_fraction": 1.0, "model.quantizer_dropout": 0.5}
+    config = override_from_flags(
+        load_config(f"{CONFIG}:runlocal"),
+        [f"--config.{flag}" for flag in (*TINY, *(f"{name}={value}" for name, value in fields.items()))],
+    )
+    model = CodecModel(features=8, **config.model)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8)))["params"]
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda leaf: draw(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    batch = {"audio": jnp.tile(batch["audio"], (1, 40, 1))[:, : tokenizer.segment_samples(240)]}
+    gradient = jax.jit(jax.grad(training_steps.codec_loss(model, tokenizer, config), has_aux=True))
+    gradients, metrics = jax.device_get(gradient(params, state.scale, batch, jax.random.key(0)))
+    assert metrics["mel_distance"] > 0 and metrics["coarse_mse"] > 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_unknown_weighting_is_refused_by_name(run, config):
+    unknown = override_from_flags(load_config(f"{CONFIG}:runlocal"), ["--config.objective.weighting=ear"])
+    with pytest.raises(InputError, match=r"objective.weighting is 'ear'; choose feature or band"):
+        training_steps.codec_loss(CodecModel(features=8, **config.model), run[4], unknown)
+
+
 @pytest.mark.parametrize("objective", ["autoencoder", "flow_matching", "mean_flow"])
 def test_other_objectives_have_no_use_for_the_velocity_head(objective, tmp_path):
     spec = f"{CONFIG}:runlocal,objective={objective}"
@@ -159,6 +186,59 @@ def test_other_objectives_have_no_use_for_the_velocity_head(objective, tmp_path)
     message = stopped.value.code
     assert f"model.velocity_head serves objective improved_mean_flow; {objective} has no use" in message
     assert "\n" not in message and not (tmp_path / "run").exists()
+
+
+# --- the code's part in the loss
+
+
+def losses_of(run, *fields):
+    """`loss(rng) -> (loss, metrics)` of a model with random parameters, flow matching, and its predict_fns' loss."""
+    _, _, state, batch, tokenizer = run
+    flags = (*TINY, "objective.fm_fraction=1.0", "model.num_quantizers=3", "model.codebook_size=16", *fields)
+    config = override_from_flags(load_config(f"{CONFIG}:runlocal"), [f"--config.{flag}" for flag in flags])
+    model = CodecModel(features=8, **config.model)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8)))["params"]
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda leaf: draw(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    loss_fn = jax.jit(training_steps.codec_loss(model, tokenizer, config))
+    state = state.replace(ema_params=params)
+    validation = training_steps.codec_predict_fns(model, tokenizer, config)["loss"]
+    return lambda rng: loss_fn(params, state.scale, batch, rng), lambda rng: validation(state, batch, rng)
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "rvq"])
+def test_quantizer_dropout_follows_the_key_and_trains_alone(run, quantizer):
+    """The same noise and times with and without: only what the code tells differs. Validation keeps all codebooks."""
+    all_kept, _ = losses_of(run, f"model.quantizer={quantizer}")
+    dropped, validation = losses_of(run, f"model.quantizer={quantizer}", "model.quantizer_dropout=1.0")
+    rng = jax.random.key(0)
+    assert dropped(rng)[0] == dropped(rng)[0]
+    assert dropped(rng)[1]["v_mse"] != all_kept(rng)[1]["v_mse"]
+    assert dropped(rng)[1]["v_share_t0_25"] == all_kept(rng)[1]["v_share_t0_25"]
+    np.testing.assert_allclose(validation(rng)["v_mse"], all_kept(rng)[1]["v_mse"], rtol=1e-5)
+
+
+def test_dropout_draws_what_the_objective_does_not(run):
+    """fold_in(key, i) is the i-th key of split: its stream must lie beyond those."""
+    rng = jax.random.key(0)
+    taken = {tuple(jax.random.key_data(key).tolist()) for key in jax.random.split(rng, 1000)}
+    ours = jax.random.fold_in(rng, training_steps.QUANTIZER_DROPOUT_STREAM)
+    assert tuple(jax.random.key_data(ours).tolist()) not in taken
+    assert tuple(jax.random.key_data(jax.random.fold_in(rng, 1)).tolist()) in taken
+
+
+def test_the_loss_of_rvq_is_added_to_the_objectives(run):
+    total, metrics = losses_of(run, "model.quantizer=rvq")[0](jax.random.key(0))
+    assert metrics["code_loss"] > 0
+    np.testing.assert_allclose(total, metrics["loss"] + metrics["code_loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("quantizer", "codebooks"), [("fsq", 4), ("rvq", 3)])
+def test_effective_bitrate(run, quantizer, codebooks):
+    """24 kHz in tokens of 8 samples, two to a latent: 1500 latents/s."""
+    _, metrics = losses_of(run, f"model.quantizer={quantizer}")[0](jax.random.key(0))
+    np.testing.assert_allclose(metrics["code_kbps"], 1.5 * codebooks * metrics["code_bits"], rtol=1e-5)
+    assert {"code_usage", "code_perplexity"} <= set(metrics)
 
 
 # --- tokens and noise
@@ -181,7 +261,7 @@ def test_scale_gives_unit_power_in_every_band(config):
 
 
 def test_noise_of_a_frame_depends_on_key_and_index_alone():
-    noise = lambda seed, frames: training_steps.frame_noise(jax.random.key(seed), frames, 8)
+    noise = lambda seed, frames: flow.frame_noise(jax.random.key(seed), jnp.arange(frames), 8)
     eight = noise(0, 8)
     np.testing.assert_array_equal(noise(0, 4), eight[:4])
     assert np.any(noise(1, 8) != eight)
@@ -189,13 +269,13 @@ def test_noise_of_a_frame_depends_on_key_and_index_alone():
 
 
 def test_noise_of_frames_is_standard_normal():
-    noise = training_steps.frame_noise(jax.random.key(0), 2000, 8)
+    noise = flow.frame_noise(jax.random.key(0), jnp.arange(2000), 8)
     np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.03)
     correlation = np.corrcoef(np.concatenate([noise[:-1], noise[1:]], axis=1).T)  # with the next frame's
     np.testing.assert_allclose(correlation, np.eye(16), atol=0.12)
 
 
 def test_every_objective_has_its_sampler():
-    assert set(training_steps.SAMPLERS) == set(OBJECTIVES)
-    assert training_steps.SAMPLERS["autoencoder"] == (flow.flow_map_sample, 0.0)
-    assert training_steps.SAMPLERS["flow_matching"][0] is flow.euler_sample
+    assert set(flow.SAMPLERS) == set(OBJECTIVES)
+    assert flow.SAMPLERS["autoencoder"] == (flow.flow_map_sample, 0.0)
+    assert flow.SAMPLERS["flow_matching"][0] is flow.euler_sample

@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from meanflow_audio_codec.tools import train
 from meanflow_audio_codec.trainers import flow
-from meanflow_audio_codec.trainers.objectives import OBJECTIVES, Loss, improved_mean_flow
-from meanflow_audio_codec.trainers.training_steps import SAMPLERS
+from meanflow_audio_codec.trainers.objectives import OBJECTIVES, Loss, Weight, improved_mean_flow
 
 
-def swapped_tangent(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any) -> Loss:
+def swapped_tangent(
+    u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PRNGKeyArray, cfg: Any, weight: Weight = None
+) -> Loss:
     """Improved mean flow with du/dt along (v, 0, 1) in place of (v, 1, 0) of (z, t, r).
 
     It is what a network with arguments (z, r, t) gets when the tangents keep the order (z, t, r): table 1b of MeanFlow
@@ -25,10 +26,10 @@ def swapped_tangent(u_fn: flow.UFn, x: Float[Array, "b ..."], cond: Any, rng: PR
         still = jax.lax.stop_gradient(t)  # the value of t without its tangent, which goes to r
         return u_fn(z, still, r + (t - still), cond)
 
-    return improved_mean_flow(swapped, x, cond, rng, cfg)
+    return improved_mean_flow(swapped, x, cond, rng, cfg, weight)
 
 
 if __name__ == "__main__":
     OBJECTIVES["swapped_tangent"] = swapped_tangent
-    SAMPLERS["swapped_tangent"] = SAMPLERS["improved_mean_flow"]
+    flow.SAMPLERS["swapped_tangent"] = flow.SAMPLERS["improved_mean_flow"]
     train.main()

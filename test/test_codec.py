@@ -1,0 +1,347 @@
+"""The codec: exact lengths, one computation however the audio is cut, the same everywhere, equal to the bare network.
+
+The network has random weights; what is tested holds for any.
+"""
+
+import functools
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import soundfile
+
+from meanflow_audio_codec import bitstream
+from meanflow_audio_codec.codec import BLOCK, FILE_BLOCK, Codec
+from meanflow_audio_codec.errors import InputError
+from meanflow_audio_codec.models.codec import CodecModel
+from meanflow_audio_codec.preprocessing import scaling
+from meanflow_audio_codec.preprocessing.tokenizers import build_tokenizer
+from meanflow_audio_codec.trainers import flow
+
+ROOT = Path(__file__).parents[1]
+RATE, HOP = 8000, 64  # of the codec
+CHUNKS = (1, 63, 64, 1000, 2047, 2048, 2049, 10_000)  # samples, or 64ths of a code frame; a block has 2048
+RATES = (8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000)
+# Decodes in a process with one thread, on one core; prints nothing unless it fails.
+ELSEWHERE = """
+import os, sys
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+import numpy as np
+from meanflow_audio_codec import Codec
+bundle, given, taken = sys.argv[1:]
+codec, arrays = Codec.load(bundle), np.load(given)
+np.savez(taken, codes=codec.encode(arrays["audio"], 44100), audio=codec.decompress(arrays["mfac"].tobytes())[0],
+         mfac=np.frombuffer(codec.compress(arrays["audio"], 44100), np.uint8))
+"""
+
+
+@pytest.fixture(scope="module")
+def codec(random_codec):
+    return random_codec()
+
+
+@pytest.fixture(scope="module")
+def bundle(codec, tmp_path_factory):
+    """The codec as a file, with entropy tables."""
+    path = tmp_path_factory.mktemp("bundle") / "small.npz"
+    codec.export(path, bitstream.fit_tables(codec.encode(music(40_000), RATE)[None], codec.cardinality, contexts=True))
+    return path
+
+
+def music(samples, channels=None, rate=RATE, seed=0):
+    """Fading tones in noise."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(samples) / rate
+    shape = (channels or 1, 1)
+    audio = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 3000, shape) * t) * np.cos(rng.uniform(1, 5, shape) * t)
+    audio = (audio + 0.02 * rng.standard_normal((shape[0], samples))).astype(np.float32)
+    return audio if channels else audio[0]
+
+
+def stream_encode(codec, audio, size):
+    state, parts = codec.encode_start(len(audio)), []
+    for start in range(0, audio.shape[1], size):
+        state, codes = codec.encode_step(state, audio[:, start : start + size])
+        parts.append(codes)
+    return np.concatenate([*parts, codec.encode_step(state, audio[:, :0], last=True)[1]], axis=2)
+
+
+def stream_decode(codec, codes, size, nfe=1):
+    state, parts = codec.decode_start(len(codes), nfe), []
+    for start in range(0, codes.shape[2], size):
+        state, audio = codec.decode_step(state, codes[:, :, start : start + size])
+        parts.append(audio)
+    return np.concatenate([*parts, codec.decode_step(state, codes[:, :, :0], last=True)[1]], axis=1)
+
+
+def cut(audio, size):
+    return (audio[:, start : start + size] for start in range(0, audio.shape[1], size))
+
+
+# --- lengths
+
+
+def assert_length_is_kept(codec, rate, channels, samples):
+    decoded, decoded_rate = codec.decompress(codec.compress(music(samples, channels, rate), rate))
+    assert (decoded.shape, decoded.dtype, decoded_rate) == ((channels, samples), np.float32, rate)
+    assert np.isfinite(decoded).all()
+
+
+def test_every_length_up_to_three_frames(codec):
+    for samples in range(3 * HOP + 2):
+        assert_length_is_kept(codec, RATE, 1, samples)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_lengths_at_other_rates_and_channels(codec, rate):
+    """The edges of each frame, and a sample of the lengths between them and up to some blocks."""
+    rng = np.random.default_rng(rate)
+    frame = HOP * rate / RATE
+    edges = {0, 1, 2} | {int(number * frame) + offset for number in (1, 2, 3) for offset in (-1, 0, 1)}
+    between = rng.integers(0, int(3 * frame), 6).tolist() + [int(rng.uniform(30, 70) * frame)]
+    for i, samples in enumerate(sorted(edges) + between):
+        assert_length_is_kept(codec, rate, 1 + i % 6, samples)
+
+
+def test_axes_and_frame_counts(codec):
+    for shape in ((500,), (2, 500), (3, 2, 500), (0, 500), (2, 0)):
+        codes = codec.encode(np.zeros(shape, np.float32), RATE)
+        frames = -(-(shape[-1] + HOP // 2) // HOP) if shape[-1] else 0  # the MDCT needs half a frame more
+        assert codes.shape == (*shape[:-1], 8, frames) and codes.dtype == np.int32
+        assert codec.decode(codes).shape == (*shape[:-1], frames * HOP)
+        assert codec.decode(codes, length=shape[-1]).shape == shape
+
+
+# --- one computation
+
+
+@pytest.mark.parametrize("size", CHUNKS)
+def test_streamed_equals_whole(codec, size):
+    audio = music(3 * BLOCK * HOP + 777, channels=2)
+    codes = codec.encode(audio, RATE)
+    np.testing.assert_array_equal(stream_encode(codec, audio, size), codes)
+    whole = stream_decode(codec, codes, 10**6)
+    np.testing.assert_allclose(stream_decode(codec, codes, -(-size // HOP)), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(codec.decode(codes[0]), whole[0], rtol=0, atol=1e-5)  # channel 0 has its noise
+    assert np.abs(whole).std() > 0.01
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(RATE, 1), (44100, 2), (22050, 3)])
+def test_chunks_make_the_same_file(codec, rate, channels):
+    audio = music(5 * rate, channels, rate)
+    expected = codec.compress(audio, rate)
+    for size in (999, 65_536):
+        file = io.BytesIO()
+        codec.compress_stream(cut(audio, size), rate, channels, file)
+        assert file.getvalue() == expected
+
+
+@pytest.mark.parametrize(("nfe", "kept"), [(1, 5), (2, 8)])
+def test_a_batch_is_its_rows(codec, nfe, kept):
+    audio = music(3000, channels=6).reshape(2, 3, -1)
+    codes = codec.encode(audio, 16000, num_codebooks=kept)
+    decoded = codec.decode(codes, nfe=nfe, seed=3)
+    for place in np.ndindex(2, 3):
+        np.testing.assert_array_equal(codec.encode(audio[place], 16000, num_codebooks=kept), codes[place])
+        alone = codec.decode(codes[place][None], nfe=nfe, seed=3)[0]
+        np.testing.assert_allclose(alone, decoded[place], rtol=0, atol=1e-5)
+
+
+def test_fewer_codebooks_are_the_first_ones(codec):
+    audio = music(3000)
+    np.testing.assert_array_equal(codec.encode(audio, RATE, 3), codec.encode(audio, RATE)[:3])
+
+
+def test_windows_equal_the_network_applied_once(codec):
+    """Blocks with their halos see all that the network sees; beyond the ends silence; noise by absolute frame."""
+    audio, before, after = music(70 * HOP), 40, 60  # silent frames, more than any receptive field
+    config, arrays = codec._config, codec._arrays
+    tokenizer, model = build_tokenizer(config["tokens"]), CodecModel(features=32, **config["model"])
+    compand = (jnp.asarray(arrays["scale"]), config["tokens"]["exponent"], config["tokens"]["eps"])
+    network = functools.partial(model.apply, {"params": codec._params})
+
+    def encode(audio):
+        tokens = tokenizer.tokenize(audio[None, :, None])
+        return network(scaling.normalize(tokens[:, : tokens.shape[1] // 2 * 2], *compand), method="encode")[1]
+
+    def decode(codes):
+        cond = network(network(codes, method="dequantize"), method="condition_on")
+        places = jnp.arange(cond.shape[1], dtype=jnp.uint32) - jnp.uint32(2 * before)
+        z = flow.frame_noise(jax.random.fold_in(jax.random.key(5), 0), places, 32)[None]
+        x = flow.flow_map_sample(functools.partial(network, method="flow"), z, cond, 2)
+        return tokenizer.detokenize(scaling.denormalize(x, *compand), tokenizer.segment_samples(x.shape[1]), channels=1)
+
+    own = codec.encode(audio, RATE)
+    codes = np.array(jax.jit(encode)(jnp.pad(audio, (before * HOP, after * HOP))))
+    ours = slice(before, before + own.shape[1])
+    np.testing.assert_array_equal(own, codes[0, ours].T)
+    beyond = np.repeat(codes[:, 10:11], codes.shape[1], axis=1)
+    beyond[:, ours] = codes[:, ours]
+    decoded, expected = codec.decode(own, nfe=2, seed=5), jax.jit(decode)(jnp.asarray(beyond))[0, before * HOP :, 0]
+    np.testing.assert_allclose(decoded, expected[: len(decoded)], rtol=0, atol=1e-4)  # sums have other orders
+
+
+def test_another_network(random_codec):
+    """Residual codebooks, windows of 32 tokens, plain samples, a downsampling that divides nothing."""
+    fields = {"quantizer": "rvq", "num_quantizers": 3, "codebook_size": 37, "backbone": "mixer", "downsample": 3}
+    codec = random_codec(tokens={"name": "reshape"}, **fields)
+    audio = music(9000, channels=2)
+    codes = codec.encode(audio, RATE)
+    np.testing.assert_array_equal(stream_encode(codec, audio, 1001), codes)
+    decoded = stream_decode(codec, codes, 10**6)
+    np.testing.assert_array_equal(stream_decode(codec, codes, 7), decoded)
+    for samples in (1, codec.hop_length, 3 * codec.hop_length + 1):
+        assert_length_is_kept(codec, 11_025, 2, samples)
+
+
+def test_streaming_waits_for_the_latency(codec):
+    audio = music(3 * BLOCK * HOP, channels=1)
+    encoder, decoder = codec.encode_start(), codec.decode_start()
+    given, most = 0, 0
+    for taken, sample in enumerate(audio.T, start=1):
+        encoder, codes = codec.encode_step(encoder, sample[None])
+        if codes.shape[2]:
+            decoder, decoded = codec.decode_step(decoder, codes)
+            given += decoded.shape[1]
+        most = max(most, taken - given)
+    assert most == codec.latency - 1
+
+
+# --- the same everywhere
+
+
+def test_another_process_with_one_thread(bundle, tmp_path):
+    codec, audio = Codec.load(bundle), music(44100 * 2, channels=2, rate=44100)
+    file = codec.compress(audio, 44100)
+    np.savez(tmp_path / "given.npz", audio=audio, mfac=np.frombuffer(file, np.uint8))
+    arguments = [bundle, tmp_path / "given.npz", tmp_path / "taken.npz"]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "none"),
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, arguments)], check=True, cwd=ROOT, env=environment)
+    taken = np.load(tmp_path / "taken.npz")
+    np.testing.assert_array_equal(taken["codes"], codec.encode(audio, 44100))
+    assert taken["mfac"].tobytes() == file
+    np.testing.assert_allclose(taken["audio"], codec.decompress(file)[0], rtol=0, atol=1e-5)
+
+
+def test_noise_is_of_seed_and_channel(codec):
+    codes = codec.encode(music(3000), RATE)
+    both = stream_decode(codec, np.stack([codes, codes]), 10)
+    assert np.abs(both[0] - both[1]).max() > 0.01
+    np.testing.assert_array_equal(codec.decode(codes), codec.decode(codes, seed=0))
+    assert np.abs(codec.decode(codes, seed=1) - codec.decode(codes)).max() > 0.01
+    of_file = lambda seed: codec.decompress(codec.compress(music(3000), RATE, seed=seed))[0]
+    assert np.abs(of_file(1) - of_file(2)).max() > 0.01
+
+
+# --- files
+
+
+def test_stereo_is_mid_and_side(codec):
+    left, right = music(3000, channels=2)
+    rows = np.stack([left + right, left - right]) / 2
+    mid, side = stream_decode(codec, codec.encode(rows, RATE), 10**6)[:, :3000]
+    decoded, _ = codec.decompress(codec.compress(np.stack([left, right]), RATE))
+    np.testing.assert_allclose(decoded, [mid + side, mid - side], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("suffix", "rate", "channels"), [(".wav", 44100, 6), (".flac", 8000, 1), (".ogg", 22050, 2)])
+def test_a_path_is_its_samples(codec, tmp_path, suffix, rate, channels):
+    path = tmp_path / f"x{suffix}"
+    soundfile.write(path, music(rate // 2, channels, rate).T, rate)
+    audio, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    assert codec.compress(path) == codec.compress(np.ascontiguousarray(audio.T), rate)
+
+
+def test_size_is_the_advertised_bitrate(codec):
+    """Within 1 %, header and framing apart; the codes of whole blocks, of several bitrates."""
+    frames = 4 * FILE_BLOCK
+    audio = music(frames * HOP - HOP // 2, channels=2)
+    for kept in (1, 5, 8):
+        measured = bitstream.info(io.BytesIO(codec.compress(audio, RATE, num_codebooks=kept)))
+        assert measured["frames"] == frames
+        assert measured["payload_kbps"] == pytest.approx(2 * codec.bitrate * kept / 8, rel=0.01)
+
+
+def test_bundle(codec, bundle):
+    loaded, again, audio = Codec.load(bundle), Codec.load(str(bundle)), music(20_000)
+    assert loaded.name == "small" and loaded.fingerprint == again.fingerprint != codec.fingerprint
+    np.testing.assert_array_equal(loaded.encode(audio, RATE), codec.encode(audio, RATE))
+    coded, plain = loaded.compress(audio, RATE), loaded.compress(audio, RATE, entropy=False)
+    assert len(coded) < 0.8 * len(plain)
+    np.testing.assert_array_equal(again.decompress(coded)[0], loaded.decompress(plain)[0])
+    with pytest.raises(InputError, match="fingerprint|load that codec"):
+        codec.decompress(coded)
+
+
+def test_salvage_keeps_the_place_of_what_is_whole(codec):
+    audio = music(3 * FILE_BLOCK * HOP)
+    file = codec.compress(audio, RATE)
+    whole, _ = codec.decompress(file)
+    damaged = bytearray(file)
+    damaged[len(file) // 2] ^= 255  # in the second block of three
+    with pytest.raises(InputError, match="block 1"):
+        codec.decompress(bytes(damaged))
+    reader, blocks = codec.decompress_stream(io.BytesIO(damaged), salvage=True)
+    salvaged = np.concatenate(list(blocks), axis=1)
+    halo = 16 * HOP
+    assert salvaged.shape == whole.shape and len(reader.lost) == 1
+    for part in (slice(0, FILE_BLOCK * HOP - halo), slice(2 * FILE_BLOCK * HOP + halo, None)):
+        np.testing.assert_array_equal(salvaged[:, part], whole[:, part])
+
+
+# --- numbers and mistakes
+
+
+@pytest.fixture
+def unchecked():
+    """Without the types that only tests check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_codebooks_for(codec):
+    assert [codec.codebooks_for(kbps) for kbps in (0.25, 0.49, 0.5, 1.99, 2.0)] == [1, 1, 2, 7, 8]
+    assert codec.codebooks_for(3.0, channels=6) == 2
+    for kbps, channels in ((0.24, 1), (2.26, 1), (2.0, 9)):
+        with pytest.raises(InputError, match="choose a rate in between"):
+            codec.codebooks_for(kbps, channels)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda codec: codec.encode(np.zeros(9, np.int16), RATE), "int16"),
+        (lambda codec: codec.encode(np.float32(0), RATE), "give floats"),
+        (lambda codec: codec.encode(np.full(9, np.nan, np.float32), RATE), "NaN"),
+        (lambda codec: codec.encode(np.zeros(9, np.float32), RATE, num_codebooks=9), "1 to 8"),
+        (lambda codec: codec.decode(np.zeros((8, 3), np.float32)), "float32"),
+        (lambda codec: codec.decode(np.full((8, 3), 4)), r"\[0, 4\)"),
+        (lambda codec: codec.decode(np.zeros((9, 3), int)), "1 to 8"),
+        (lambda codec: codec.decode(np.zeros((8, 3), int), nfe=0), "nfe=0"),
+        (lambda codec: codec.decode(np.zeros((8, 3), int), length=3 * HOP + 1), "length=193"),
+        (lambda codec: codec.compress(np.zeros(9, np.float32)), "sample_rate"),
+        (lambda codec: codec.compress("nowhere.wav"), "nowhere.wav: no such file"),
+        (lambda codec: codec.compress(__file__), "test_codec.py: .*WAV, FLAC"),
+        (lambda codec: codec.decompress(b"RIFF"), "not an .mfac file"),
+        (lambda codec: Codec.load("nowhere"), "nowhere: no such bundle"),
+        (lambda codec: Codec.load(Path(__file__).parent), "neither a bundle nor"),
+        (lambda codec: Codec.load(__file__), "test_codec.py: not a bundle"),
+    ],
+)
+def test_mistakes_are_one_line(codec, mistake, message, unchecked):
+    with pytest.raises(InputError, match=message) as error:
+        mistake(codec)
+    assert "\n" not in str(error.value)
