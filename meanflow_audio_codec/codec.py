@@ -559,13 +559,14 @@ def _from_mid_side(audio: Float[np.ndarray, "c n"]) -> Float[np.ndarray, "c n"]:
 
 def _from_workdir(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return what a bundle of the run in `workdir` would hold, with its newest averaged parameters."""
-    from meanflow_audio_codec.trainers.checkpoints import restore  # with Orbax, a second
-
     if not (workdir / "config.json").is_file():
         raise InputError(f"{workdir}: neither a bundle nor the workdir of a run")
     run = json.loads((workdir / "config.json").read_text())
-    if run["input"]["name"] != "audio" or run["model"]["conditioning"] != "latent" or run["input"]["channels"] != 1:
+    trained = run["input"]["name"], run["input"].get("channels"), run["model"]["conditioning"]
+    if trained != ("audio", 1, "latent") or run["model"]["quantizer"] == "none":
         raise InputError(f"{workdir}: this run trains no codec of mono audio; give another workdir")
+    from meanflow_audio_codec.trainers.checkpoints import restore  # with Orbax, a second
+
     config = {"objective": run["objective"]["name"], "sample_rate": run["input"]["sample_rate"]}
     config |= {"tokens": run["tokens"], "model": run["model"]}
     tokenizer = build_tokenizer(run["tokens"])

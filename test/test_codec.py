@@ -144,14 +144,13 @@ def test_chunks_make_the_same_file(codec, rate, channels):
         assert file.getvalue() == expected
 
 
-@pytest.mark.parametrize(("nfe", "kept"), [(1, 5), (2, 8)])
-def test_a_batch_is_its_rows(codec, nfe, kept):
+def test_a_batch_is_its_rows(codec):
     audio = music(3000, channels=6).reshape(2, 3, -1)
-    codes = codec.encode(audio, 16000, num_codebooks=kept)
-    decoded = codec.decode(codes, nfe=nfe, seed=3)
+    codes = codec.encode(audio, 16000)
+    decoded = codec.decode(codes, nfe=2, seed=3)
     for place in np.ndindex(2, 3):
-        np.testing.assert_array_equal(codec.encode(audio[place], 16000, num_codebooks=kept), codes[place])
-        alone = codec.decode(codes[place][None], nfe=nfe, seed=3)[0]
+        np.testing.assert_array_equal(codec.encode(audio[place], 16000), codes[place])
+        alone = codec.decode(codes[place][None], nfe=2, seed=3)[0]
         np.testing.assert_allclose(alone, decoded[place], rtol=0, atol=1e-5)
 
 
@@ -190,16 +189,18 @@ def test_windows_equal_the_network_applied_once(codec):
 
 
 def test_another_network(random_codec):
-    """Residual codebooks, windows of 32 tokens, plain samples, a downsampling that divides nothing."""
+    """Two of three residual codebooks, windows of 32 tokens, plain samples, a downsampling that divides nothing."""
     fields = {"quantizer": "rvq", "num_quantizers": 3, "codebook_size": 37, "backbone": "mixer", "downsample": 3}
     codec = random_codec(tokens={"name": "reshape"}, **fields)
     audio = music(9000, channels=2)
     codes = codec.encode(audio, RATE)
     np.testing.assert_array_equal(stream_encode(codec, audio, 1001), codes)
-    decoded = stream_decode(codec, codes, 10**6)
-    np.testing.assert_array_equal(stream_decode(codec, codes, 7), decoded)
-    for samples in (1, codec.hop_length, 3 * codec.hop_length + 1):
-        assert_length_is_kept(codec, 11_025, 2, samples)
+    decoded = stream_decode(codec, codes[:, :2], 10**6)
+    np.testing.assert_array_equal(stream_decode(codec, codes[:, :2], 7), decoded)
+    for samples in (0, 1, codec.hop_length, 3 * codec.hop_length + 1):
+        part = music(samples, channels=1)
+        file = codec.compress(part, 11_025, num_codebooks=2)
+        assert codec.decompress(file)[0].shape == part.shape
 
 
 def test_streaming_waits_for_the_latency(codec):

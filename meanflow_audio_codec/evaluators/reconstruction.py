@@ -35,7 +35,7 @@ class Evaluator:
         self._autoencoder_mse = _newest_mse(autoencoder) if autoencoder else None
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
-        """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels; by n codebooks reconstruction_n/..."""
+        """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels; reconstruction_n/ by n codebooks."""
         for nfe, kept in itertools.product(self._nfe, self._kept):
             group = "reconstruction" if kept is None else f"reconstruction_{kept}"
             decoded, errors = decode(self._context, state, self._clips, nfe, kept)

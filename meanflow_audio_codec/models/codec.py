@@ -106,8 +106,8 @@ class CoarseHead(nn.Module):
 class CodecModel(nn.Module):
     """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
 
-    With `coarse` a head gives a first estimate of x from the code, trained as the autoencoder's rung is, and the flow is
-    that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. `cond` then ends with the estimate.
+    With `coarse` a head gives a first estimate of x from the code, trained as the autoencoder's rung is, and the flow
+    is that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. `cond` then ends with the estimate.
     """
 
     features: int

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -91,24 +92,22 @@ class _Packaged:
     """Finds the codec of a file among those of the package; one that has been loaded is kept."""
 
     def __init__(self):
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[Path, Any] = {}
 
     def __call__(self, header: bitstream.Header) -> Any:
         from meanflow_audio_codec.codec import PRETRAINED, Codec  # seconds
 
         # The name tells where to look first and is never a path.
-        paths = sorted(PRETRAINED.glob("*.npz"), key=lambda path: (path.stem != header.codec, path.stem))
-        for path in paths:
-            if header.fingerprint not in self._loaded:
-                codec = Codec.load(path)
-                self._loaded[codec.fingerprint] = codec
-        if header.fingerprint not in self._loaded:
-            names = ", ".join(sorted(path.stem for path in paths)) or "none"
-            raise InputError(
-                f"made by {header.codec} of fingerprint {header.fingerprint}, which does not come with the package "
-                f"({names} do); give its bundle or workdir by --model"
-            )
-        return self._loaded[header.fingerprint]
+        for path in sorted(PRETRAINED.glob("*.npz"), key=lambda path: (path.stem != header.codec, path.stem)):
+            if path not in self._loaded:
+                self._loaded[path] = Codec.load(path)
+            if self._loaded[path].fingerprint == header.fingerprint:
+                return self._loaded[path]
+        names = ", ".join(sorted(path.stem for path in self._loaded)) or "none"
+        raise InputError(
+            f"made by {header.codec} of fingerprint {header.fingerprint}, which does not come with the package "
+            f"({names} does); give its bundle or workdir by --model"
+        )
 
 
 def _decode(
