@@ -15,7 +15,6 @@ B. Moore, "Derivation of auditory filter shapes from notched-noise data", Hearin
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -203,8 +202,8 @@ class ReshapeTokenizer:
 TOKENIZERS = {"mdct": MdctTokenizer, "reshape": ReshapeTokenizer}
 
 
-def build_tokenizer(spec: Mapping[str, Any]) -> MdctTokenizer | ReshapeTokenizer:
-    """Build the tokenizer that `spec["name"]` names from the fields of `spec`, a `config.tokens`, that it has.
+def build_tokenizer(spec: Any) -> MdctTokenizer | ReshapeTokenizer:
+    """Build the tokenizer that `spec["name"]` names from those fields of `spec`, a config.tokens or a dict, that it has.
 
     Raises:
         InputError: There is no such tokenizer, or a field is out of range.
