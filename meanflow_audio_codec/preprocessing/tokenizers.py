@@ -203,7 +203,7 @@ TOKENIZERS = {"mdct": MdctTokenizer, "reshape": ReshapeTokenizer}
 
 
 def build_tokenizer(spec: Any) -> MdctTokenizer | ReshapeTokenizer:
-    """Build the tokenizer that `spec["name"]` names from those fields of `spec`, a config.tokens or a dict, that it has.
+    """Build the tokenizer that `spec["name"]` names from the fields of `spec`, as config.tokens or a dict, that it has.
 
     Raises:
         InputError: There is no such tokenizer, or a field is out of range.
