@@ -262,7 +262,12 @@ def test_an_interruption_leaves_nothing(run, tool, monkeypatch):
 
     monkeypatch.setattr(bitstream.Writer, "write", interrupted(0))
     monkeypatch.setattr(soundfile.SoundFile, "write", interrupted(1))
-    status, _, errors = run(tool, source, "-o", target, "--force")
+    # A shell's background jobs ignore SIGINT, and so would the tests of one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status, _, errors = run(tool, source, "-o", target, "--force")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 1 and errors == [f"{tool.__name__.split('.')[-1]}: interrupted"]
     assert tree("out") == [target.name] and target.read_bytes() == old
 
