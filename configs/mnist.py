@@ -62,6 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.quantizer_dropout = 0.0  # share of the clips that train with fewer codebooks
     config.model.latent_dim = 8
     config.model.downsample = 8 if arg.tokens == "mdct" else 7
+    config.model.window = 8  # an image's frames
     config.model.times = "t_h"
     config.model.time_scale = 1.0
     config.model.velocity_head = False

@@ -123,6 +123,7 @@ class CodecModel(nn.Module):
     latent_dim: int = 64
     downsample: int = 2
     coarse: bool = False
+    window: int = 32  # frames that a block of the mixer mixes; to each side, that one of the transformer attends to
     times: str = "t_h"
     time_scale: float = 1.0
     velocity_head: bool = False
@@ -140,7 +141,7 @@ class CodecModel(nn.Module):
         ):
             if value not in known:
                 raise InputError(f"model.{field} is {value!r}; choose one of {', '.join(known)}")
-        least = {"fsq_levels": 2, "num_quantizers": 1, "codebook_size": 2, "latent_dim": 1, "downsample": 1}
+        least = {"fsq_levels": 2, "num_quantizers": 1, "codebook_size": 2, "latent_dim": 1, "downsample": 1, "window": 2}
         for field, bound in least.items():
             if getattr(self, field) < bound:
                 raise InputError(f"model.{field} is {getattr(self, field)}; choose {bound} or more")
@@ -160,7 +161,7 @@ class CodecModel(nn.Module):
         if self.coarse:
             self.coarse_head = CoarseHead(self.features)
         backbone = BACKBONES[self.backbone]
-        self.decoder = backbone(width, size["depth"], self.times, self.time_scale, dtype)
+        self.decoder = backbone(width, size["depth"], self.window, self.times, self.time_scale, dtype)
 
     @property
     def num_codebooks(self) -> int:
@@ -189,7 +190,7 @@ class CodecModel(nn.Module):
     def decoder_context(self, nfe: int) -> int:
         """Tokens to each side whose codes and noise a token depends on, decoded by `nfe` evaluations."""
         size = VARIANTS[self.variant]
-        decoder = BACKBONES[self.backbone](size["width"], size["depth"], parent=None)
+        decoder = BACKBONES[self.backbone](size["width"], size["depth"], self.window, parent=None)
         return self.encoder_context + nfe * decoder.context  # the upsampler sees as far as the encoder
 
     def encode(

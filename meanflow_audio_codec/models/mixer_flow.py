@@ -43,8 +43,6 @@ class MixerFlow(layers.Backbone):
     A frame's place in its window matters: a chunk equals the whole only if it begins at a multiple of `window`.
     """
 
-    window: int = 32
-
     @property
     def context(self) -> int:
         return self.depth * self.window

@@ -68,14 +68,12 @@ def _beside(blocks: Float[Array, "b n p h e"]) -> Float[Array, "b n 3*p h e"]:
 
 
 class TransformerFlow(layers.Backbone):
-    """Each output sees `2 * depth * reach + 1` frames."""
-
-    reach: int = 32
+    """Each output sees `2 * depth * window + 1` frames."""
 
     @property
     def context(self) -> int:
-        return self.depth * self.reach
+        return self.depth * self.window
 
     def block(self, i: int, y: Float[Array, "b l d"], film: Float[Array, "b l w"]) -> Float[Array, "b l d"]:
-        y = BandAttention(self.reach, self.dtype)(y, film)
+        y = BandAttention(self.window, self.dtype)(y, film)
         return layers.Block(kernel_size=1, dtype=self.dtype, mlp_ratio=2)(y, film)

@@ -433,7 +433,7 @@ DECODERS = {
     "conv": (ConvFlow(16, 2), range(11 - 2 * REACH, 11 + 2 * REACH + 1), 11),
     "mlp": (MlpFlow(16, 2), range(11, 12), 11),
     "mixer": (MixerFlow(16, 2, window=8), range(4, 20), 16),  # [8, 16), then [4, 12) and [12, 20)
-    "transformer": (TransformerFlow(16, 2, reach=4), range(11 - 2 * 4, 11 + 2 * 4 + 1), 11),
+    "transformer": (TransformerFlow(16, 2, window=4), range(11 - 2 * 4, 11 + 2 * 4 + 1), 11),
 }
 
 
@@ -504,7 +504,7 @@ def test_any_length_works_and_far_frames_change_nothing(kind):
 
 def test_shifted_frames_shift_the_transformers_output():
     """Rotary positions are relative: away from the ends frames 5 later give the same 5 later, as in no other block."""
-    apply, t = decoder_of(TransformerFlow(16, 2, reach=4)), times(0.8)
+    apply, t = decoder_of(TransformerFlow(16, 2, window=4)), times(0.8)
     z, cond = normal((1, 48, FEATURES)), normal((1, 48, 16), seed=1)
     moved = apply(jnp.roll(z, 5, 1), t, t, jnp.roll(cond, 5, 1))
     np.testing.assert_allclose(moved[:, 13:40], apply(z, t, t, cond)[:, 8:35], rtol=1e-4, atol=1e-5)
