@@ -95,6 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.norm_eps = 0.01
     config.objective.weighting = "feature"  # every feature counts alike; band: every band of the ear's scale
     config.objective.mel_weight = 0.0  # of the mel distance of the one-step sample; 0 in comparisons of methods
+    config.objective.mel_fraction = 1.0  # share of the clips that it is taken of: for all it costs as much as the rest
 
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-3

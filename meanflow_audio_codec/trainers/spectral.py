@@ -13,15 +13,16 @@ from meanflow_audio_codec.evaluators.metrics import CLAMP, MEL_SCALES, hann, mel
 def mel_distance(x: Float[Array, "b s"], y: Float[Array, "b s"], sample_rate: int) -> Float[Array, "b"]:
     """Return DAC's mel distance of each clip: the sum over 7 windows of mean |log10 mel X - log10 mel Y|.
 
-    Gradients vanish in bands below 1e-5 of both, as at a magnitude of exactly 0.
+    Gradients vanish in bands below 1e-5 of both, as at a magnitude of exactly 0. The two are transformed apart: that of
+    the reference then costs no backward pass.
     """
-    pairs = jnp.concatenate([x, y])
-    total = jnp.zeros(len(x))
-    for window_length, num_mels in MEL_SCALES:
-        mels = magnitudes(pairs, window_length) @ mel_filterbank(sample_rate, window_length, num_mels)
-        log_x, log_y = jnp.split(jnp.log10(jnp.maximum(mels, CLAMP)), 2)
-        total += jnp.mean(jnp.abs(log_x - log_y), axis=(1, 2))
-    return total
+
+    def log_mels(audio: Array, window_length: int, num_mels: int) -> Float[Array, "b l m"]:
+        mels = magnitudes(audio, window_length) @ mel_filterbank(sample_rate, window_length, num_mels)
+        return jnp.log10(jnp.maximum(mels, CLAMP))
+
+    distances = (jnp.abs(log_mels(x, *scale) - log_mels(y, *scale)) for scale in MEL_SCALES)
+    return sum(jnp.mean(distance, axis=(1, 2)) for distance in distances)
 
 
 def magnitudes(audio: Float[Array, "b s"], window_length: int) -> Float[Array, "b l f"]:

@@ -87,7 +87,8 @@ def codec_loss(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> L
         if "loss" in code_metrics:
             loss += code_metrics["loss"]
         if config.objective.get("mel_weight"):
-            distance = one_step_mel(params, scale, signals(batch), cond, rng)
+            scored = slice(_num_mel_rows(config.objective.mel_fraction, len(x)))
+            distance = one_step_mel(params, scale, signals(batch)[scored], cond[scored], rng)
             loss += config.objective.mel_weight * distance
             metrics["mel_distance"] = distance
         if "bits" in code_metrics and "sample_rate" in config.input:
@@ -106,6 +107,13 @@ def _feature_weight(tokenizer: Tokenizer, config: ConfigDict) -> Float[Array, "f
             return jnp.asarray(scaling.band_weight(tokenizer.bands(config.input.channels, config.input.sample_rate)))
         case name:
             raise InputError(f"objective.weighting is {name!r}; choose feature or band")
+
+
+def _num_mel_rows(mel_fraction: float, batch: int) -> int:
+    rows = round(mel_fraction * batch)
+    if not 1 <= rows <= batch:
+        raise InputError(f"objective.mel_fraction={mel_fraction}: is {rows} of {batch} clips; choose 1 to all of them")
+    return rows
 
 
 def _draw_kept(model: CodecModel, rng: PRNGKeyArray, rows: int) -> Int[Array, "b"] | None:

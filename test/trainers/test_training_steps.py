@@ -172,6 +172,30 @@ def test_the_products_losses_are_logged_and_reach_every_parameter(run, config):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
+def mel_of(run, mel_fraction):
+    """`(audio) -> mel_distance` of a batch, at that share of its clips."""
+    _, _, state, _, tokenizer = run
+    flags = (*TINY, "objective.mel_weight=1.0", f"objective.mel_fraction={mel_fraction}")
+    config = override_from_flags(load_config(f"{CONFIG}:runlocal"), [f"--config.{flag}" for flag in flags])
+    loss_fn = training_steps.codec_loss(CodecModel(features=8, **config.model), tokenizer, config)
+    loss = jax.jit(lambda audio: loss_fn(state.params, jnp.asarray(state.scale), {"audio": audio}, jax.random.key(0))[1])
+    return lambda audio: float(loss(audio)["mel_distance"])
+
+
+def test_mel_distance_is_that_of_the_first_clips(run):
+    _, _, _, batch, tokenizer = run
+    audio = jnp.tile(batch["audio"][:4], (1, 40, 1))[:, : tokenizer.segment_samples(240)]
+    distance = mel_of(run, 0.5)
+    louder_second_half = audio.at[2:].multiply(2.0)
+    assert distance(audio) == distance(louder_second_half) != distance(louder_second_half[::-1])
+
+
+@pytest.mark.parametrize("mel_fraction", [0.1, 1.5])
+def test_mel_fraction_of_no_clip_or_too_many_is_refused(run, mel_fraction):
+    with pytest.raises(InputError, match=rf"objective.mel_fraction={mel_fraction}: is \d of 4 clips"):
+        mel_of(run, mel_fraction)(jnp.zeros((4, run[4].segment_samples(240), 1)))
+
+
 def test_unknown_weighting_is_refused_by_name(run, config):
     unknown = override_from_flags(load_config(f"{CONFIG}:runlocal"), ["--config.objective.weighting=ear"])
     with pytest.raises(InputError, match=r"objective.weighting is 'ear'; choose feature or band"):
