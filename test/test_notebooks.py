@@ -24,7 +24,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} >= {"mean_flow_on_a_toy", "mdct_and_codec"}
+    assert {path.stem for path in NOTEBOOKS} >= {"mean_flow_on_a_toy", "mdct_and_codec", "the_codec"}
 
 
 @each_notebook

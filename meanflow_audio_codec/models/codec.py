@@ -141,7 +141,8 @@ class CodecModel(nn.Module):
         ):
             if value not in known:
                 raise InputError(f"model.{field} is {value!r}; choose one of {', '.join(known)}")
-        least = {"fsq_levels": 2, "num_quantizers": 1, "codebook_size": 2, "latent_dim": 1, "downsample": 1, "window": 2}
+        least = {"fsq_levels": 2, "num_quantizers": 1, "codebook_size": 2}
+        least |= {"latent_dim": 1, "downsample": 1, "window": 2}
         for field, bound in least.items():
             if getattr(self, field) < bound:
                 raise InputError(f"model.{field} is {getattr(self, field)}; choose {bound} or more")

@@ -124,7 +124,8 @@ class Backbone(nn.Module):
     """Map noised tokens, times and conditioning to tokens: film and stem, `depth` times `block`, head.
 
     A subclass gives `block(i, y, film)`, the i-th block [b, l, d] -> [b, l, d], and `context`, the frames to each side
-    that an output sees. `window` is how many frames a block mixes, where that is not the kernel's matter. With `velocity` the result is an auxiliary head's on the same trunk, with its own parameters.
+    that an output sees. `window` is how many frames a block mixes, where no kernel says it. With `velocity` the result
+    is an auxiliary head's on the same trunk, with its own parameters.
     """
 
     width: int

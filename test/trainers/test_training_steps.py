@@ -178,7 +178,8 @@ def mel_of(run, mel_fraction):
     flags = (*TINY, "objective.mel_weight=1.0", f"objective.mel_fraction={mel_fraction}")
     config = override_from_flags(load_config(f"{CONFIG}:runlocal"), [f"--config.{flag}" for flag in flags])
     loss_fn = training_steps.codec_loss(CodecModel(features=8, **config.model), tokenizer, config)
-    loss = jax.jit(lambda audio: loss_fn(state.params, jnp.asarray(state.scale), {"audio": audio}, jax.random.key(0))[1])
+    scale, rng = jnp.asarray(state.scale), jax.random.key(0)
+    loss = jax.jit(lambda audio: loss_fn(state.params, scale, {"audio": audio}, rng)[1])
     return lambda audio: float(loss(audio)["mel_distance"])
 
 
