@@ -19,8 +19,8 @@ from meanflow_audio_codec.errors import InputError
 class Checkpoints:
     """The checkpoints of one workdir, `workdir/checkpoints/<step>/`."""
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    def __init__(self, workdir: epath.PathLike):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True)
         self._folder = epath.Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -75,10 +75,12 @@ def restore(workdir: epath.PathLike, field: str, template: Any, data: grain.Data
     if step is None:
         raise InputError(f"{field}: no complete checkpoint in {workdir}; give a finished or running workdir")
     path = epath.Path(workdir).expanduser().absolute() / "checkpoints" / str(step)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        as_arrays = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)  # whatever devices they were saved from
-        restore_args = jax.tree.map(as_arrays, checkpointer.metadata(path / "state").item_metadata.tree)
-        saved = dict(_named_leaves(checkpointer.restore(path / "state", restore_args=restore_args)))
+    handler = ocp.PyTreeCheckpointHandler()  # a Checkpointer around it would warn that an item has no step's metadata
+    as_arrays = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)  # whatever devices they were saved from
+    restore_args = jax.tree.map(as_arrays, handler.metadata(path / "state").tree)
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    saved = dict(_named_leaves(handler.restore(path / "state", args=args)))
+    handler.close()
     for name, leaf in _named_leaves(template):
         if name not in saved or saved[name].shape != leaf.shape:
             raise InputError(f"{field}: {workdir} holds another model ({name} differs); give one of this config's")
