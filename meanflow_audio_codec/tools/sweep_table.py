@@ -27,10 +27,13 @@ from meanflow_audio_codec.tools.sweep_runs import (
 )
 
 COLUMNS = (
-    *("images/fid_nfe1", "images/kid_nfe1", "images/accuracy_percent_nfe1", "images/mse_nfe1"),
-    *("reconstruction/mel_distance_nfe1", "reconstruction/x_mse_nfe1", "reconstruction/si_sdr_db_nfe1"),
-    *("mse_ratio_nfe1", TRAIN_SECONDS),
+    *("images/fid_nfe1", "images/fid_nfe50", "images/kid_nfe1", "images/accuracy_percent_nfe1", "images/mse_nfe1"),
+    *("reconstruction/mel_distance_nfe1", "reconstruction/mel_distance_nfe16", "reconstruction/x_mse_nfe1"),
+    *("reconstruction/si_sdr_db_nfe1", "tones/modulation_depth_nfe1", "mse_ratio_nfe1"),
+    *("cost/decoder_parameters", "cost/train_flops_per_step", TRAIN_SECONDS),
 )
+
+_UNITS = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
 
 
 def write_table(
@@ -121,11 +124,10 @@ def _markdown(cells: list[Cell], metrics: list[str]) -> str:
 
 
 def _text(mean: float, half_width: float | None) -> str:
-    """Write the half-width with two digits and the mean as far as it; four digits where there is no half-width."""
-    if half_width is None:
-        return f"{mean:.4g}"
-    if half_width <= 1e-12 * abs(mean):  # equal but for rounding
-        return f"{mean:.4g} ± 0"
+    """Write the half-width with two digits and the mean as far as it; four digits where there is none, or it is 0."""
+    if half_width is None or half_width <= 1e-12 * abs(mean):  # equal but for rounding
+        unit, letter = next(((unit, letter) for unit, letter in _UNITS if abs(mean) >= 10 * unit), (1, ""))
+        return f"{mean / unit:.4g}{letter}"
     digits = max(0, 1 - math.floor(math.log10(half_width)))
     if digits > 6:
         return f"{mean:.4g} ± {half_width:.2g}"

@@ -3,8 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image
 
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.proj.ladder import report
@@ -290,9 +292,22 @@ def test_findings_twice_are_the_same_page(tmp_path, page):
     figures = page.with_suffix("")
     names = {f"mnist_{prediction.name}.png" for prediction in PREDICTIONS}
     assert names < {path.name for path in figures.iterdir()}  # beside those of the sweep
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures.iterdir())
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures.glob("*.png"))
+    assert (figures / "mnist_runs.csv").read_text() == (tmp_path / "mnist" / "runs.csv").read_text()
     report.write_findings(tmp_path, page)
     assert page.read_text() == text
+
+
+def test_decoded_images_are_kept_in_few_grays(tmp_path, page):
+    write_sweep(tmp_path, MNIST, seeds=1)
+    samples = tmp_path / "mnist" / "objective=mean_flow,backbone=conv,tokens=mdct" / "seed0" / "samples" / "4000"
+    samples.mkdir(parents=True)
+    gray = np.tile(np.arange(256, dtype=np.uint8), (8, 1))
+    Image.fromarray(np.stack([gray] * 3, axis=-1)).save(samples / "grid.png")
+    report.write_findings(tmp_path, page)
+    kept = np.asarray(Image.open(page.with_suffix("") / "mnist_by_mean_flow.png").convert("L"))
+    assert kept.shape == gray.shape and np.abs(kept.astype(int) - gray).max() <= 16
+    assert 2 < len(np.unique(kept)) <= 16
 
 
 def test_a_mistake_ends_in_one_line(tmp_path, page):

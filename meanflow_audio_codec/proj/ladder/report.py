@@ -1,7 +1,8 @@
 """The findings of the ladder, from the runs' own files: python -m meanflow_audio_codec.proj.ladder.report --workdir W
 
 Writes the tables and figures of every part into W, tests the predictions, and puts what `documentation/ladder.md` shows
-between its marks `<!-- NAME -->` and `<!-- /NAME -->`; its figures go beside it, into `documentation/ladder/`.
+between its marks `<!-- NAME -->` and `<!-- /NAME -->`; into `documentation/ladder/` go figures, decoded images, and
+`<part>_runs.csv` with every metric of every run. Parts without runs in W keep what they have there.
 Runs of one seed are paired across cells: they share data order, initial noise and evaluation noise.
 """
 
@@ -199,8 +200,10 @@ def write_findings(workdir: Path, page: Path) -> None:
     for part in _parts_with_runs(workdir):
         ratio = "objective=autoencoder" if part in ("mnist", "audio") else ""
         blocks[part] = write_table(workdir / part, ratio=ratio)
+        shutil.copy(workdir / part / "runs.csv", figures / f"{part}_runs.csv")
         for figure in sorted((workdir / part / "figures").glob("*.png")):
             shutil.copy(figure, figures / f"{part}_{figure.name}")
+    _keep_images(workdir, figures)
     for data in (MNIST, AUDIO):
         if data.part in blocks:
             runs = paired_runs(workdir, data)
@@ -211,6 +214,16 @@ def write_findings(workdir: Path, page: Path) -> None:
             lines = [verdict(prediction, rows) for prediction, rows in measured.items()]
             blocks[f"{data.part} predictions"] = "\n".join(lines)
     page.write_text(fill(page.read_text(), blocks))
+
+
+def _keep_images(workdir: Path, figures: Path) -> None:
+    """Copy what each rung decoded of MNIST, in 16 grays, a quarter of the file."""
+    from PIL import Image
+
+    for objective in (AE, FM, MF, IMF):
+        samples = workdir / MNIST.part / f"objective={objective},backbone=conv,tokens=mdct" / "seed0" / "samples"
+        for grid in samples.glob("*/grid.png"):
+            Image.open(grid).convert("L").quantize(16).save(figures / f"mnist_by_{objective}.png", optimize=True)
 
 
 def _parts_with_runs(workdir: Path) -> Iterable[str]:
