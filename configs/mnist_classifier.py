@@ -35,6 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective = ConfigDict({"name": "classification"})
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
     config.optimizer.lr = 2e-3
     config.optimizer.final_lr_share = 0.01
     config.optimizer.warmup_steps = 10 if arg.runlocal else 200

@@ -43,6 +43,7 @@ AUDIO_BUDGET = (
 ABLATIONS = (
     "objective=improved_mean_flow,mean_flow,swapped_tangent",
     "config.model.velocity_head=True",
+    "config.optimizer.name=adamw,config.optimizer.lr=1e-3,3e-3",
     "config.objective.fm_fraction=0.0,0.25,0.75",
     "config.objective.norm_p=0.0,0.5",
     "config.objective.norm_eps=1e-6,100.0",
