@@ -98,8 +98,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.mel_fraction = 1.0  # share of the clips that it is taken of: for all it costs as much as the rest
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "muon"  # or adamw, with a third of the rate
-    config.optimizer.lr = 5e-3
+    config.optimizer.name = "muon"  # or adamw
+    config.optimizer.lr = 3e-3
     config.optimizer.final_lr_share = 0.05
     config.optimizer.warmup_steps = 10 if arg.runlocal else 300
     config.optimizer.b1 = 0.9  # these two of Adam, which takes what is no matrix

@@ -78,7 +78,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.norm_eps = 0.01
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "muon"  # or adamw, with a third of the rate
+    config.optimizer.name = "muon"  # or adamw
     config.optimizer.lr = 5e-3
     config.optimizer.final_lr_share = 0.05
     config.optimizer.warmup_steps = 10 if arg.runlocal else 300

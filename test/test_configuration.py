@@ -408,7 +408,7 @@ def test_changed_fields_names_what_makes_another_run():
     assert changed == [
         "input.gain_db: (-6.0, 6.0) -> (-6.0, 7.0)",
         "model.variant: Ti -> S",
-        "optimizer.lr: 0.001 -> 0.5",
+        "optimizer.lr: 0.003 -> 0.5",
         "seed: 0 -> 1",
     ]
 

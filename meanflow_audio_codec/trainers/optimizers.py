@@ -4,8 +4,8 @@ Muon (K. Jordan et al., 2024) takes of a matrix's momentum the direction only: N
 values to about 1, so that every direction of a layer learns at one pace. Scaled to the RMS of Adam's updates, 0.2 of
 the learning rate (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982), one rate serves both. It takes
 the kernels of maps into, within and out of the network's width. Adam's are vectors, tables of entries, and maps wider
-than that on both sides, on which the iterations would cost more than the rest of a step. Mean flows get with it in a
-quarter of the steps where AdamW takes them (documentation/experiments.md, 2026-11-28).
+than that on both sides, on which the iterations would cost more than the rest of a step. Mean flows need with it less
+than half of the steps of AdamW (documentation/experiments.md, 2026-11-28).
 """
 
 import functools
