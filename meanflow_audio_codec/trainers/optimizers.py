@@ -49,7 +49,7 @@ def make_optimizer(
                 adam_b2=spec.b2,
                 weight_decay=spec.wd,
                 adam_weight_decay=spec.wd,
-                muon_weight_dimension_numbers=functools.partial(_kernels, VARIANTS[config.model.variant]["width"]),
+                muon_weight_dimension_numbers=functools.partial(_kernels, config.model.variant),
                 consistent_rms=ADAM_RMS,
             )
         case name:
@@ -57,8 +57,9 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(spec.grad_clip_norm), update), schedule
 
 
-def _kernels(width: int, params: Any) -> Any:
+def _kernels(variant: str, params: Any) -> Any:
     """Return what Muon takes, None for all else."""
+    width = VARIANTS[variant]["width"]
 
     def choose(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
         takes = leaf.ndim == 2 and min(leaf.shape) <= width and path[-1].key not in TABLES

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from meanflow_audio_codec.tools import sweep, sweep_figures, sweep_runs
+from meanflow_audio_codec.tools import sweep, sweep_figures, sweep_runs, sweep_table
 
 ROOT = pathlib.Path(__file__).parents[2]
 GRID = "objective=autoencoder,mean_flow,config.width=8,16"
@@ -350,6 +350,22 @@ def test_table_holds_mean_and_t_interval_of_every_metric(finished):
         assert "cost/device" not in row
 
 
+@pytest.mark.parametrize(
+    ("mean", "half_width", "text"),
+    [
+        (0.08203, None, "0.08203"),
+        (9_999.4, None, "9999"),
+        (234_912.0, 0.0, "234.9 k"),
+        (1.0807e9, None, "1081 M"),
+        (2.5e10, 0.0, "25 G"),
+        (234_912.0, 120.0, "234912 ± 120"),
+        (-0.0123, 0.00456, "-0.0123 ± 0.0046"),
+    ],
+)
+def test_numbers_are_as_precise_as_their_intervals(mean, half_width, text):
+    assert sweep_table._text(mean, half_width) == text
+
+
 def test_markdown_has_the_columns_asked_for(finished, tmp_path, capsys):
     values = [final(finished, CELLS[2], seed, "images/fid_nfe2") for seed in range(3)]
     half_width = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(values)
@@ -360,10 +376,10 @@ def test_markdown_has_the_columns_asked_for(finished, tmp_path, capsys):
     assert markdown == (finished / "table.md").read_text()
     lines = markdown.splitlines()
     assert lines[0] == "| objective | width | seeds | images/fid_nfe2 | cost/parameters |"
-    assert lines[2] == "| autoencoder | 8 | 3 |  | 64 ± 0 |"
-    assert lines[4] == f"| mean_flow | 8 | 3 | {np.mean(values):.{digits}f} ± {half_width:.{digits}f} | 64 ± 0 |"
+    assert lines[2] == "| autoencoder | 8 | 3 |  | 64 |"
+    assert lines[4] == f"| mean_flow | 8 | 3 | {np.mean(values):.{digits}f} ± {half_width:.{digits}f} | 64 |"
     sweep.main(["--workdir", str(finished), "--table"])
-    assert "images/fid_nfe1 | cost/train_seconds |" in capsys.readouterr().out.splitlines()[0]
+    assert "images/fid_nfe1 | cost/train_flops_per_step | cost/train_seconds |" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_ratio_pairs_runs_by_seed_and_all_other_keys(finished):
