@@ -39,7 +39,7 @@ def make_optimizer(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, spec.lr, min(warmup, total_steps - 1), total_steps, spec.lr * spec.final_lr_share
     )
-    match spec.name:
+    match spec.get("name"):
         case "adamw":
             update = optax.adamw(schedule, b1=spec.b1, b2=spec.b2, weight_decay=spec.wd)
         case "muon":

@@ -379,7 +379,8 @@ def test_markdown_has_the_columns_asked_for(finished, tmp_path, capsys):
     assert lines[2] == "| autoencoder | 8 | 3 |  | 64 |"
     assert lines[4] == f"| mean_flow | 8 | 3 | {np.mean(values):.{digits}f} ± {half_width:.{digits}f} | 64 |"
     sweep.main(["--workdir", str(finished), "--table"])
-    assert "images/fid_nfe1 | cost/train_flops_per_step | cost/train_seconds |" in capsys.readouterr().out.splitlines()[0]
+    heads = capsys.readouterr().out.splitlines()[0]
+    assert "images/fid_nfe1 | cost/train_flops_per_step | cost/train_seconds |" in heads
 
 
 def test_ratio_pairs_runs_by_seed_and_all_other_keys(finished):
