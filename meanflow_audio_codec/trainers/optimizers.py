@@ -32,7 +32,7 @@ def make_optimizer(
     The rate climbs linearly for `warmup_*`, then falls along a cosine to `final_lr_share` of its peak.
 
     Raises:
-        InputError: `optimizer.name` is neither muon nor adamw.
+        InputError: `optimizer.name` is neither muon nor adamw, or muon for a classifier.
     """
     spec = config.optimizer
     warmup = duration_steps(spec, "warmup", config.input.batch_size, steps_per_epoch, total_steps)
@@ -42,6 +42,8 @@ def make_optimizer(
     match spec.get("name"):
         case "adamw":
             update = optax.adamw(schedule, b1=spec.b1, b2=spec.b2, weight_decay=spec.wd)
+        case "muon" if "variant" not in config.model:
+            raise InputError("optimizer.name is 'muon', which serves codecs; for a classifier choose adamw")
         case "muon":
             update = contrib.muon(
                 schedule,

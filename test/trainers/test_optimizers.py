@@ -1,5 +1,7 @@
 """Muon's steps are orthogonal and of Adam's size; tables and vectors are Adam's; the schedule is as documented."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,15 @@ from meanflow_audio_codec.configuration import load_config, override_from_flags
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.trainers.optimizers import make_optimizer
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 LR = 0.01
 
 
 def config_of(name="muon", **fields):
     fields = {"name": name, "lr": LR, "warmup_steps": 1, "grad_clip_norm": 1e9} | fields
     return override_from_flags(
-        load_config("configs/meanflow_mdct.py"), [f"--config.optimizer.{key}={value}" for key, value in fields.items()]
+        load_config(str(CONFIGS / "meanflow_mdct.py")),
+        [f"--config.optimizer.{key}={value}" for key, value in fields.items()],
     )
 
 
@@ -93,3 +97,10 @@ def test_schedule_climbs_and_falls(name):
 def test_unknown_optimizer_is_refused_by_name():
     with pytest.raises(InputError, match="optimizer.name is 'sgd'; choose muon or adamw"):
         make_optimizer(config_of("sgd"), 1000, None)
+
+
+def test_muon_is_refused_for_the_classifier():
+    config = load_config(str(CONFIGS / "mnist_classifier.py"))
+    config = override_from_flags(config, ["--config.optimizer.name=muon"])
+    with pytest.raises(InputError, match="for a classifier choose adamw"):
+        make_optimizer(config, 1000, None)
