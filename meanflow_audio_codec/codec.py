@@ -84,7 +84,7 @@ class Codec:
         """Take the contents of a bundle: see `export`."""
         self.name, self._config = name, config
         self._tokenizer = tokenizer = build_tokenizer(config["tokens"])
-        self._model = model = CodecModel(features=tokenizer.num_features(1), **config["model"])
+        self._model = model = _build_model(config)
         self._params = _nested({path: array for path, array in arrays.items() if "/" in path})
         self._scale, self._tables = jnp.asarray(arrays["scale"]), arrays.get("tables")
         self.sample_rate = config["sample_rate"]
@@ -442,7 +442,7 @@ class Codec:
         z = flow.frame_noise(rng, first * model.downsample + jnp.arange(tokens, dtype=jnp.uint32), model.features)
         sampler, temperature = flow.SAMPLERS[self._config["objective"]]
         u_fn = lambda *args: model.apply({"params": params}, *args, method="flow")
-        x = sampler(u_fn, temperature * z[None], cond, nfe)
+        x = sampler(u_fn, temperature * z[None], cond, nfe) * model.gain(cond)
         x = scaling.denormalize(x, scale, self._config["tokens"]["exponent"], self._config["tokens"]["eps"])
         audio = self._tokenizer.detokenize(x, self._tokenizer.segment_samples(tokens), channels=1)
         return audio[0, halo * self.hop_length : (halo + BLOCK) * self.hop_length, 0]
@@ -569,8 +569,7 @@ def _from_workdir(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
 
     config = {"objective": run["objective"]["name"], "sample_rate": run["input"]["sample_rate"]}
     config |= {"tokens": run["tokens"], "model": run["model"]}
-    tokenizer = build_tokenizer(run["tokens"])
-    model = CodecModel(features=tokenizer.num_features(1), **run["model"])
+    model = _build_model(config)
     example = jnp.zeros((1, run["input"]["num_tokens"], model.features))
     params = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
     scale = jax.ShapeDtypeStruct((model.features,), np.float32)
@@ -578,6 +577,11 @@ def _from_workdir(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     leaves, _ = jax.tree_util.tree_flatten_with_path(state["ema_params"])
     weights = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
     return config, weights | {"scale": np.asarray(state["scale"])}
+
+
+def _build_model(config: dict[str, Any]) -> CodecModel:
+    bands = build_tokenizer(config["tokens"]).bands(1, config["sample_rate"])
+    return CodecModel(features=len(bands), bands=tuple(bands.tolist()), **config["model"])
 
 
 def _read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

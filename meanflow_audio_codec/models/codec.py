@@ -1,7 +1,11 @@
 """The codec network: encoder, quantizer, upsampler, and a flow decoder that sees the code in every frame.
 
-    x [b, l, f] -> encode -> codes [b, l / downsample, k] -> upsample -> cond [b, l, d]      once per clip
+    x [b, l, f] -> encode -> codes [b, l / downsample, q] -> upsample -> cond [b, l, d]      once per clip
     z, t, r, cond -> flow -> u [b, l, f]                                                      once per evaluation
+
+With `level_stages` the code is that of gain and shape: the level of each band in each frame is quantized for itself,
+and encoder, flow and coarse head work on x / gain, of level 1 everywhere. Noise that nothing has learned from yet then
+has the right level already.
 
 In place of the code the decoder may be given a class label, or nothing: `conditioning` "label" and "none" make it the
 generator by which the objectives are compared on images.
@@ -13,9 +17,11 @@ With "x" a coefficient that is nearly always zero, as most high MDCT bins are, i
 noise that u contains.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -39,6 +45,7 @@ VARIANTS = {  #                                      conv          mlp          
 }
 
 
+LEVEL_FLOOR = 3e-3  # of the scale of x: what is quieter is silent
 NUM_CLASSES = 10  # of labels: MNIST's digits
 
 
@@ -107,10 +114,12 @@ class CodecModel(nn.Module):
     """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
 
     With `coarse` a head gives a first estimate of x from the code, trained as the autoencoder's rung is, and the flow
-    is that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. `cond` then ends with the estimate.
+    is that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. `cond` ends with the estimate, then the
+    levels; x / gain is the x of all of this.
     """
 
     features: int
+    bands: tuple[int, ...] = ()  # of each feature, as the tokenizer says; `level_stages` needs them
     variant: str = "Ti"
     backbone: str = "conv"
     output: str = "x"
@@ -122,6 +131,7 @@ class CodecModel(nn.Module):
     quantizer_dropout: float = 0.0
     latent_dim: int = 64
     downsample: int = 2
+    level_stages: int = 0  # of 8 bits a latent
     coarse: bool = False
     window: int = 32  # frames that a block of the mixer mixes; to each side, that one of the transformer attends to
     times: str = "t_h"
@@ -150,6 +160,10 @@ class CodecModel(nn.Module):
             raise InputError(f"model.quantizer_dropout is {self.quantizer_dropout}; choose a share from 0 to 1")
         if self.quantizer == "none" and self.quantizer_dropout:
             raise InputError("model.quantizer_dropout: quantizer 'none' has no codebooks to drop; choose fsq or rvq")
+        if self.level_stages:
+            self._check_levels()
+            dim = self.downsample * self.num_bands
+            self.level_quantizer = quantizers.LevelQuantizer(self.level_stages, dim, self._level_digits)
         size, dtype = VARIANTS[self.variant], jnp.dtype(self.dtype)
         width, side = size["width"], size["side_depth"]
         if self.conditioning == "latent":
@@ -166,8 +180,32 @@ class CodecModel(nn.Module):
 
     @property
     def num_codebooks(self) -> int:
-        """Integers in the code of a latent: one for each dimension (fsq), one for each quantizer (rvq), or none."""
-        return {"fsq": self.latent_dim, "rvq": self.num_quantizers, "none": 0}[self.quantizer]
+        """Integers in the code of a latent: of the levels, then one for each dimension (fsq) or quantizer (rvq)."""
+        shape = {"fsq": self.latent_dim, "rvq": self.num_quantizers, "none": 0}[self.quantizer]
+        return self.num_level_codebooks + shape
+
+    @property
+    def num_level_codebooks(self) -> int:
+        """How many of them are the levels', the first ones."""
+        return self.level_stages * self._level_digits if self.level_stages else 0
+
+    @property
+    def num_bands(self) -> int:
+        """Bands whose levels are quantized."""
+        return 1 + max(self.bands)
+
+    @property
+    def _level_digits(self) -> int:
+        return round(math.log(quantizers.LEVEL_ENTRIES, max(2, self.cardinality)))
+
+    def _check_levels(self) -> None:
+        if self.conditioning != "latent" or self.quantizer == "none":
+            raise InputError("model.level_stages: levels are part of a code; choose latent, and quantizer fsq or rvq")
+        if self.cardinality**self._level_digits != quantizers.LEVEL_ENTRIES:
+            raise InputError(
+                f"model.level_stages: codes of {self.cardinality} values cannot spell {quantizers.LEVEL_ENTRIES}; "
+                "choose 2, 4, 16 or 256 for fsq_levels or codebook_size"
+            )
 
     @property
     def cardinality(self) -> int:
@@ -176,10 +214,10 @@ class CodecModel(nn.Module):
 
     @property
     def bitrate_steps(self) -> tuple[int, ...]:
-        """Numbers of codebooks that quantizer dropout keeps: each with rvq, up to 8 evenly spaced ones with fsq."""
-        count = self.num_codebooks
+        """Numbers of codebooks that quantizer dropout keeps: the levels', and up to 8 even steps more, of rvq each."""
+        count = self.num_codebooks - self.num_level_codebooks
         steps = min(8, count) if self.quantizer == "fsq" else count
-        return tuple(-(-step * count // steps) for step in range(1, steps + 1))
+        return tuple(self.num_level_codebooks - (-step * count // steps) for step in range(1, steps + 1))
 
     @property
     def encoder_context(self) -> int:
@@ -201,13 +239,26 @@ class CodecModel(nn.Module):
 
         `num_codebooks` are kept in the latents, for all clips or for each; None: all. The codes are of all codebooks.
         """
-        latents = self.encoder(x)
         self._check_kept(num_codebooks)
+        if not self.level_stages:
+            return self._encode_shape(x, num_codebooks)
+        level_codes = self.level_quantizer(self.levels(x))
+        levels = self._of_frames(self.level_quantizer.dequantize(level_codes))
+        shape = jnp.concatenate([x / self._gain(levels), levels], axis=-1)
+        kept = None if num_codebooks is None else num_codebooks - self.num_level_codebooks
+        latents, codes, metrics = self._encode_shape(shape, kept)
+        codes = jnp.concatenate([level_codes, codes], axis=-1)
+        kept_levels = self.level_quantizer.dequantize(level_codes, num_codebooks)
+        metrics |= quantizers.code_metrics(codes, self.cardinality)
+        return jnp.concatenate([latents, kept_levels], axis=-1), codes, metrics
+
+    def _encode_shape(self, x: Float[Array, "b l n"], kept: quantizers.Kept) -> quantizers.Quantized:
+        latents = self.encoder(x)
         if self.quantizer == "none":
             return latents, jnp.zeros((*latents.shape[:2], 0), jnp.int32), {}
         if self.quantizer == "rvq":
-            return self.rvq(latents, num_codebooks)
-        return quantizers.fsq(latents, self.fsq_levels, num_codebooks)
+            return self.rvq(latents, kept)
+        return quantizers.fsq(latents, self.fsq_levels, kept)
 
     def dequantize(self, codes: Int[Array, "b m q"], num_codebooks: int | None = None) -> Float[Array, "b m k"]:
         """Return the quantized latents of the first `num_codebooks` of `codes`, of all that are given if None."""
@@ -215,21 +266,48 @@ class CodecModel(nn.Module):
         if self.quantizer == "none":
             raise InputError("model.quantizer is 'none': there are no codes to decode; train with fsq or rvq")
         codes = codes[..., :num_codebooks]
+        level_codes, codes = codes[..., : self.num_level_codebooks], codes[..., self.num_level_codebooks :]
         if self.quantizer == "rvq":
-            return self.rvq.dequantize(codes)
-        unsent = self.latent_dim - codes.shape[-1]
-        return jnp.pad(quantizers.fsq_dequantize(codes, self.fsq_levels), ((0, 0), (0, 0), (0, unsent)))
+            latents = self.rvq.dequantize(codes)
+        else:
+            unsent = self.latent_dim - codes.shape[-1]
+            latents = quantizers.fsq_dequantize(codes, self.fsq_levels)
+            latents = jnp.pad(latents, ((0, 0), (0, 0), (0, unsent)))
+        if self.level_stages:
+            latents = jnp.concatenate([latents, self.level_quantizer.dequantize(level_codes)], axis=-1)
+        return latents
+
+    def levels(self, x: Float[Array, "b l f"]) -> Float[Array, "b m k"]:
+        """Return ln RMS of each band in each of a latent's frames."""
+        member = np.eye(self.num_bands, dtype=np.float32)[np.array(self.bands)]
+        levels = 0.5 * jnp.log(x**2 @ (member / member.sum(0)) + LEVEL_FLOOR**2)
+        return levels.reshape(len(x), x.shape[1] // self.downsample, -1)
+
+    def _of_frames(self, levels: Float[Array, "b m k"]) -> Float[Array, "b l n"]:
+        return levels.reshape(len(levels), -1, self.num_bands)
+
+    def _gain(self, levels: Float[Array, "b l n"]) -> Float[Array, "b l f"]:
+        return jnp.exp(levels[..., np.array(self.bands)])
+
+    def gain(self, cond: Float[Array, "b l d"]) -> Float[Array, "b l f"] | float:
+        """Return what the flow's data are to be multiplied by to be x: the coded levels, 1 without them."""
+        return self._gain(cond[..., -self.num_bands :]) if self.level_stages else 1.0
 
     def condition_on(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:
         """Return what quantized latents tell the decoder; l = m * downsample."""
         cond = self.upsampler(latents)
         if self.coarse:
             cond = jnp.concatenate([cond, self.coarse_head(latents, cond)], axis=-1)
+        if self.level_stages:
+            cond = jnp.concatenate([cond, self._of_frames(latents[..., self.latent_dim :])], axis=-1)
         return cond
 
     def coarse_estimate(self, cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
-        """Return the first estimate of x that `cond` holds, 0 without `coarse`."""
-        return cond[..., -self.features :] if self.coarse else jnp.zeros((*cond.shape[:2], self.features))
+        """Return the first estimate that `cond` holds of the flow's data, 0 without `coarse`."""
+        if not self.coarse:
+            return jnp.zeros((*cond.shape[:2], self.features))
+        end = cond.shape[-1] - (self.num_bands if self.level_stages else 0)
+        return cond[..., end - self.features : end]
 
     def condition(
         self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None, num_codebooks: quantizers.Kept = None
@@ -245,7 +323,7 @@ class CodecModel(nn.Module):
         else:
             latents = jnp.zeros((len(x), 1, self.latent_dim))
         # One vector serves all latents of a clip; what tells its frames apart is the upsampler.
-        latents = jnp.broadcast_to(latents, (len(x), x.shape[1] // self.downsample, self.latent_dim))
+        latents = jnp.broadcast_to(latents, (len(x), x.shape[1] // self.downsample, latents.shape[-1]))
         return self.condition_on(latents), metrics
 
     def _check_kept(self, num_codebooks: quantizers.Kept) -> None:

@@ -15,10 +15,17 @@ for all clips, or one for each. The codes are always those of all codebooks; of 
 many are kept. Without the others a dimension of FSQ is 0, which says "not sent" (an even number of levels has no 0),
 and RVQ sums fewer terms. Training on a random number of them (`draw_num_codebooks`) is quantizer dropout.
 
+Levels, the RMS of each band in dB or nepers, are worth a quantizer of their own (`LevelQuantizer`), as in codecs since
+CELT (RFC 6716): noise of the right level in every band and frame is half of the way to the sound, and a network that
+has to find that out needs thousands of steps for it. Theirs is an RVQ by plain distance, whose entries are fitted to
+training data before the first step and stay; each entry's number is spelt in codes of the other quantizer's values.
+
 Metrics are scalars over the batch and all codebooks: `bits` and `perplexity`, the mean over codebooks of the entropy H
 of an index and of 2^H; `usage`, the share of the entries that occur; of RVQ also `loss`, to be added to the training
 loss.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 Kept = int | Int[Array, "b"] | Int[Array, ""] | None
 Quantized = tuple[Float[Array, "b m k"], Int[Array, "b m q"], dict[str, Float[Array, ""]]]
 
+LEVEL_ENTRIES = 256
 COMMITMENT_WEIGHT, CODEBOOK_WEIGHT = 0.25, 1.0  # DAC's
 
 
@@ -39,7 +47,7 @@ def fsq(latents: Float[Array, "b m k"], levels: int, num_codebooks: Kept = None)
     quantized = _straight_through(fsq_dequantize(codes, levels), unit * 2 / (levels - 1) - 1)
     if num_codebooks is not None:
         quantized = jnp.where(_kept(num_codebooks, latents.shape[-1])[:, None], quantized, 0.0)
-    return quantized, codes, _code_metrics(codes, levels)
+    return quantized, codes, code_metrics(codes, levels)
 
 
 def fsq_dequantize(codes: Int[Array, "b m k"], levels: int) -> Float[Array, "b m k"]:
@@ -105,7 +113,7 @@ class ResidualQuantizer(nn.Module):
             loss += jnp.mean(jnp.where(kept[:, i], losses, 0.0)) / self.num_codebooks
             codes.append(indices)
         codes = jnp.stack(codes, axis=-1)
-        return quantized, codes, _code_metrics(codes, self.num_entries) | {"loss": loss}
+        return quantized, codes, code_metrics(codes, self.num_entries) | {"loss": loss}
 
     def dequantize(self, codes: Int[Array, "b m q"]) -> Float[Array, "b m k"]:
         """Return the sum of as many approximations as there are codes."""
@@ -113,6 +121,66 @@ class ResidualQuantizer(nn.Module):
         for i, quantizer in enumerate(self.quantizers[: codes.shape[-1]]):
             latents = latents + quantizer.dequantize(codes[..., i])
         return latents
+
+
+class LevelQuantizer(nn.Module):
+    """RVQ of levels: each of `num_stages` takes the nearest of 256 entries, which `fit_levels` made.
+
+    The number of an entry is `digits` codes of 256^(1/digits) values, the most significant first.
+    """
+
+    num_stages: int
+    dim: int
+    digits: int
+
+    def setup(self):
+        shape = (self.num_stages, LEVEL_ENTRIES, self.dim)
+        self.codebook = jax.lax.stop_gradient(self.param("codebook", nn.initializers.normal(1.0), shape))
+        self.base = round(LEVEL_ENTRIES ** (1 / self.digits))
+        self.places = self.base ** np.arange(self.digits)[::-1]
+
+    def __call__(self, levels: Float[Array, "b m k"]) -> Int[Array, "b m q"]:
+        """Return the codes of all stages."""
+        left_over, codes = levels, []
+        for entries in self.codebook:
+            indices = _nearest(left_over, entries)
+            left_over = left_over - entries[indices]
+            codes.append(indices[..., None] // self.places % self.base)
+        return jnp.concatenate(codes, axis=-1)
+
+    def dequantize(self, codes: Int[Array, "b m q"], num_codebooks: Kept = None) -> Float[Array, "b m k"]:
+        """Return the sum of the entries whose codes are all there and kept."""
+        kept = _kept(codes.shape[-1] if num_codebooks is None else num_codebooks, codes.shape[-1])
+        levels = jnp.zeros((*codes.shape[:2], self.dim))
+        for stage in range(codes.shape[-1] // self.digits):
+            first, last = stage * self.digits, (stage + 1) * self.digits - 1
+            indices = jnp.sum(codes[..., first : last + 1] * self.places, axis=-1)
+            levels += jnp.where(kept[:, last, None, None], self.codebook[stage, indices], 0.0)
+        return levels
+
+
+@functools.partial(jax.jit, static_argnames="num_stages")
+def fit_levels(levels: Float[Array, "n k"], num_stages: int) -> Float[Array, "s e k"]:
+    """Return the entries of a `LevelQuantizer`: k-means (Lloyd, 20 iterations) of what the stages before leave over."""
+    codebook = []
+    for stage in range(num_stages):
+
+        def move(entries: Array, _: None, vectors: Array = levels) -> tuple[Array, None]:
+            members = jax.nn.one_hot(_nearest(vectors, entries), LEVEL_ENTRIES)
+            count = members.sum(0)[:, None]
+            return jnp.where(count > 0, members.T @ vectors / jnp.maximum(count, 1), entries), None
+
+        start = jax.random.choice(jax.random.key(stage), levels, (LEVEL_ENTRIES,), replace=False)
+        entries, _ = jax.lax.scan(move, start, length=20)
+        entries = entries[jnp.argsort(entries.mean(axis=1))]  # by loudness: of the digits the first says most
+        levels = levels - entries[_nearest(levels, entries)]
+        codebook.append(entries)
+    return jnp.stack(codebook)
+
+
+def _nearest(vectors: Float[Array, "*b k"], entries: Float[Array, "e k"]) -> Int[Array, "*b"]:
+    """Return the number of the entry at the least distance."""
+    return jnp.argmin(jnp.sum(entries**2, axis=-1) - 2 * vectors @ entries.T, axis=-1).astype(jnp.int32)
 
 
 def _unit(v: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -145,7 +213,8 @@ def _straight_through_jvp(primals, tangents):
     return primals[0], tangents[1]
 
 
-def _code_metrics(codes: Int[Array, "b m q"], cardinality: int) -> dict[str, Float[Array, ""]]:
+def code_metrics(codes: Int[Array, "b m q"], cardinality: int) -> dict[str, Float[Array, ""]]:
+    """Return bits, perplexity and usage, see above."""
     share = jax.nn.one_hot(codes, cardinality).mean(axis=(0, 1))
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1) / jnp.log(2.0)
     return {"perplexity": jnp.mean(2**entropy), "bits": jnp.mean(entropy), "usage": jnp.mean(share > 0)}

@@ -28,6 +28,7 @@ from meanflow_audio_codec.evaluators import common as evaluators
 from meanflow_audio_codec.evaluators.report import write_report
 from meanflow_audio_codec.models.classifier import Classifier
 from meanflow_audio_codec.models.codec import CodecModel
+from meanflow_audio_codec.models.quantizers import fit_levels
 from meanflow_audio_codec.models.train_state import TrainState
 from meanflow_audio_codec.preprocessing import scaling
 from meanflow_audio_codec.preprocessing.tokenizers import build_tokenizer
@@ -77,7 +78,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         features, example = 1, (jnp.zeros((1, 28, 28, 1)),)
     else:
         features = tokenizer.num_features(source.segment[1])
-        model = CodecModel(features=features, **_checked_fields("model", CodecModel, config.model))
+        bands = tuple(tokenizer.bands(source.segment[1], source.sample_rate).tolist())
+        model = CodecModel(features=features, bands=bands, **_checked_fields("model", CodecModel, config.model))
         _check_num_codebooks(config, model)
         loss_fn = training_steps.codec_loss(model, tokenizer, config)
         predict_fns = training_steps.codec_predict_fns(model, tokenizer, config)
@@ -118,6 +120,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     else:
         if not classifying:
             state = state.replace(scale=_measure_scale(config, tokenizer, source))
+            if model.level_stages:
+                codebook = _fit_levels(config, tokenizer, source, model, state.scale)
+                params = state.params | {"level_quantizer": {"codebook": codebook}}
+                state = state.replace(params=params, ema_params=params)
         if config.init_from:
             params = restore(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
             state = state.replace(params=params, ema_params=params)
@@ -246,18 +252,31 @@ def _measure_scale(config: ConfigDict, tokenizer: Any, source: AudioInput | Mnis
         case "none":
             return jnp.ones(tokenizer.num_features(channels))
         case "band":
-            data = iter(source.stream(config.seed ^ 1))
-            batches = [signals(next(data)) for _ in range(-(-256 // config.input.batch_size))]
-            tokens = tokenizer.tokenize(jnp.asarray(np.concatenate(batches)))
+            tokens = tokenizer.tokenize(jnp.asarray(np.concatenate(list(_draw_signals(config, source, 256)))))
             tokens = scaling.compand(tokens, config.tokens.exponent, config.tokens.eps)
             return scaling.band_scale(tokens, tokenizer.bands(channels, source.sample_rate))
         case name:
             raise InputError(f"tokens.scale is {name!r}; choose band or none")
 
 
+def _fit_levels(
+    config: ConfigDict, tokenizer: Any, source: AudioInput | MnistInput, model: CodecModel, scale: jax.Array
+) -> jax.Array:
+    """Return the entries of the model's level quantizer, fitted to at least 1024 training examples."""
+    measure = jax.jit(lambda signal: model.levels(training_steps.to_tokens(signal, scale, tokenizer, config)))
+    levels = jnp.concatenate([measure(batch) for batch in _draw_signals(config, source, 1024)])
+    return fit_levels(levels.reshape(-1, levels.shape[-1]), model.level_stages)
+
+
+def _draw_signals(config: ConfigDict, source: AudioInput | MnistInput, count: int) -> Iterator[np.ndarray]:
+    """Yield batches of at least `count` training examples, drawn for this alone."""
+    data = iter(source.stream(config.seed ^ 1))
+    return (signals(next(data)) for _ in range(-(-count // config.input.batch_size)))
+
+
 def _checked_fields(group: str, cls: type, spec: ConfigDict) -> dict[str, Any]:
     """Return `spec` as keyword arguments of `cls`, refusing those that it has not."""
-    fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", "features"}
+    fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", "features", "bands"}
     for name in spec.keys():
         if name not in fields:
             raise InputError(f"{group}.{name}: no such field{configuration.near_match(name, fields)}")

@@ -192,7 +192,10 @@ def test_a_label_without_labels_is_refused_by_name():
 
 
 RVQ = {"quantizer": "rvq", "num_quantizers": 5, "codebook_size": 16}
+BANDS = (0, 0, 0, 1, 1, 2, 2, 2)
+LEVELS = {"bands": BANDS, "level_stages": 2, "coarse": True}
 CODED = {"fsq": {"quantizer": "fsq", "fsq_levels": 6}, "rvq": RVQ}
+CODED |= {"fsq with levels": {"quantizer": "fsq", "fsq_levels": 4} | LEVELS, "rvq with levels": RVQ | LEVELS}
 
 
 def test_codebooks_are_known_without_parameters():
@@ -203,6 +206,9 @@ def test_codebooks_are_known_without_parameters():
     assert fsq.bitrate_steps == tuple(range(8, 65, 8))
     assert uneven.bitrate_steps == (3, 5, 8, 10, 13, 15, 18, 20)
     assert (few.bitrate_steps, rvq.bitrate_steps) == ((1, 2, 3), (1, 2, 3, 4, 5))
+    with_levels = tiny(latent_dim=20, fsq_levels=4, **LEVELS)
+    assert (with_levels.num_level_codebooks, with_levels.num_codebooks) == (8, 28)
+    assert with_levels.bitrate_steps == (11, 13, 16, 18, 21, 23, 26, 28)
 
 
 @pytest.fixture(scope="module", params=CODED)
@@ -229,7 +235,8 @@ def test_decoding_the_codes_gives_the_encoders_latents(coded):
             decoded = model.apply({"params": params}, given, kept, method="dequantize")
             if model.quantizer == "fsq":
                 np.testing.assert_array_equal(decoded, latents)
-                np.testing.assert_array_equal(decoded[..., kept:], 0)
+                sent = max(0, kept - model.num_level_codebooks)
+                np.testing.assert_array_equal(decoded[..., sent : model.latent_dim], 0)
             np.testing.assert_allclose(decoded, latents, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(latents, whole)  # all are all
 
@@ -350,6 +357,52 @@ def test_coarse_adds_parameters_under_its_names_alone():
     assert with_coarse.keys() - without.keys() == {"coarse_head"}
     assert with_coarse["upsampler"] == without["upsampler"]
     assert with_coarse["encoder"].keys() - without["encoder"].keys() == {"Dense_4"}
+
+
+# --- levels
+
+
+def test_levels_are_the_rms_of_each_band_and_frame():
+    """In nepers, frame after frame of a latent; silence is at the floor."""
+    x = normal((2, FRAMES, FEATURES)).at[1, 3].set(0.0)
+    levels = tiny(**LEVELS).levels(x).reshape(2, FRAMES, 3)
+    for band in range(3):
+        inside = np.asarray(x)[..., np.array(BANDS) == band]
+        expected = np.log(np.sqrt((inside**2).mean(-1) + codec.LEVEL_FLOOR**2))
+        np.testing.assert_allclose(levels[..., band], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gain_and_shape_are_coded_apart():
+    """With entries that hit the levels, x / gain has level 1, and louder tokens differ in the levels' codes alone."""
+    model, x = tiny(fsq_levels=4, **LEVELS), normal((1, FRAMES, FEATURES))
+    params = random_params(shapes_of(model, x))
+    entries = np.full((2, 256, 6), 50.0, np.float32)  # out of reach
+    entries[0, :4], entries[1, 7] = model.levels(x)[0], 0.0
+    entries[0, 100:104] = entries[0, :4] + np.log(2.0)
+    params["level_quantizer"] = {"codebook": jnp.asarray(entries)}
+    apply = functools.partial(model.apply, {"params": params})
+    _, codes, _ = apply(x, method="encode")
+    spelt = [[0, 0, 0, i, 0, 0, 1, 3] for i in range(4)]  # 7 is 13 in base 4
+    np.testing.assert_array_equal(codes[0, :, :8], spelt)
+    _, louder, _ = apply(2 * x, method="encode")
+    np.testing.assert_array_equal(louder[0, :, :8], [[1, 2, 1, i, 0, 0, 1, 3] for i in range(4)])  # 100 is 1210
+    cond, _ = apply(x, method="condition")
+    np.testing.assert_allclose(model.levels(x / model.gain(cond)), 0.0, atol=1e-3)
+    cond_louder, _ = apply(2 * x, method="condition")
+    np.testing.assert_allclose(model.gain(cond_louder), 2 * model.gain(cond), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"quantizer": "none"}, "levels are part of a code"),
+        ({"conditioning": "none"}, "levels are part of a code"),
+        ({"fsq_levels": 6}, "codes of 6 values cannot spell 256; choose 2, 4, 16 or 256"),
+    ],
+)
+def test_levels_that_no_code_can_hold_are_refused(fields, message):
+    with pytest.raises(InputError, match=f"model.level_stages: {message}"):
+        shapes_of(tiny(**(LEVELS | fields)), jnp.zeros((1, FRAMES, FEATURES)))
 
 
 # --- at the start

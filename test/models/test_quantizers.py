@@ -253,3 +253,31 @@ def test_rvq_learns_and_uses_its_entries():
     errors = [float(error(count)) for count in (1, 2, 3)]
     assert errors[2] < 0.8 * errors[1] and errors[1] < 0.8 * errors[0] < 0.8, errors
     assert usage > 0.9
+
+
+def test_fitted_levels_are_those_of_the_data():
+    """Of no more laws than entries each gets its own, so that later stages have nothing to do; gradients stop."""
+    rng = np.random.default_rng(0)
+    laws = rng.normal(0, 3, (20, 4)).astype(np.float32)
+    levels = jnp.asarray(laws[rng.integers(20, size=2000)])
+    codebook = quantizers.fit_levels(levels, 2)
+    assert codebook.shape == (2, 256, 4)
+    assert np.all(np.diff(codebook.mean(-1)) >= 0)
+    model, y = quantizers.LevelQuantizer(num_stages=2, dim=4, digits=2), levels[None, :50]
+    params = {"params": {"codebook": codebook}}
+    codes = model.apply(params, y)
+    assert codes.shape == (1, 50, 4) and codes.min() >= 0 and codes.max() < 16
+    np.testing.assert_allclose(model.apply(params, codes, method="dequantize"), y, atol=1e-4)
+    loss = lambda params: jnp.sum(model.apply(params, model.apply(params, y), method="dequantize") ** 2)
+    assert not np.any(jax.grad(loss)(params)["params"]["codebook"])
+
+
+def test_each_level_stage_halves_what_is_left():
+    """Not quite: 8 bits for 4 Gaussian numbers leave a quarter of their amplitude at best, 2^(-8/4)."""
+    levels = jnp.asarray(np.random.default_rng(0).normal(size=(4000, 4)), jnp.float32)
+    codebook = quantizers.fit_levels(levels, 2)
+    model = quantizers.LevelQuantizer(num_stages=2, dim=4, digits=1)
+    codes = model.apply({"params": {"codebook": codebook}}, levels[None])
+    for kept, bound in ((1, 0.35), (2, 0.15)):
+        decoded = model.apply({"params": {"codebook": codebook}}, codes, kept, method="dequantize")
+        assert np.std(decoded[0] - levels) < bound
