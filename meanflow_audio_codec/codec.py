@@ -84,7 +84,7 @@ class Codec:
         """Take the contents of a bundle: see `export`."""
         self.name, self._config = name, config
         self._tokenizer = tokenizer = build_tokenizer(config["tokens"])
-        self._model = model = _build_model(config)
+        self._model = model = build_model(config)
         self._params = _nested({path: array for path, array in arrays.items() if "/" in path})
         self._scale, self._tables = jnp.asarray(arrays["scale"]), arrays.get("tables")
         self.sample_rate = config["sample_rate"]
@@ -569,7 +569,7 @@ def _from_workdir(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
 
     config = {"objective": run["objective"]["name"], "sample_rate": run["input"]["sample_rate"]}
     config |= {"tokens": run["tokens"], "model": run["model"]}
-    model = _build_model(config)
+    model = build_model(config)
     example = jnp.zeros((1, run["input"]["num_tokens"], model.features))
     params = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
     scale = jax.ShapeDtypeStruct((model.features,), np.float32)
@@ -579,7 +579,8 @@ def _from_workdir(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     return config, weights | {"scale": np.asarray(state["scale"])}
 
 
-def _build_model(config: dict[str, Any]) -> CodecModel:
+def build_model(config: dict[str, Any]) -> CodecModel:
+    """Return the network that a bundle's config describes."""
     bands = build_tokenizer(config["tokens"]).bands(1, config["sample_rate"])
     return CodecModel(features=len(bands), bands=tuple(bands.tolist()), **config["model"])
 

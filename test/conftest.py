@@ -25,12 +25,11 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def random_codec():
-    """`random_codec(seed=0, tokens={}, **network)`: 8 kHz, 64 samples a code frame, 8 x 4 levels, untrained."""
+    """`random_codec(seed=0, tokens={}, **network)`: 8 kHz, 64 samples a code frame, 8 codes of 4 values, untrained."""
     import jax
     import numpy as np
 
-    from meanflow_audio_codec.codec import Codec
-    from meanflow_audio_codec.models.codec import CodecModel
+    from meanflow_audio_codec.codec import Codec, build_model
 
     mdct = {"name": "mdct", "hop_length": 32, "group": 1, "window": "sine", "exponent": 0.5, "eps": 1e-4}
 
@@ -38,7 +37,8 @@ def random_codec():
         rng = np.random.default_rng(seed)
         network = {"variant": "mu", "latent_dim": 8, "fsq_levels": 4, "downsample": 2} | network
         config = {"objective": "improved_mean_flow", "sample_rate": 8000, "tokens": mdct | (tokens or {})}
-        model = CodecModel(features=32, **network)
+        config["model"] = network
+        model = build_model(config)
         example = np.zeros((1, 2 * network["downsample"], 32), np.float32)
         shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
         leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
@@ -47,7 +47,7 @@ def random_codec():
             gain = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 1.0
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             arrays[name] = (gain * rng.normal(size=leaf.shape)).astype(np.float16)
-        return Codec(f"random_{seed}", config | {"model": network}, arrays)
+        return Codec(f"random_{seed}", config, arrays)
 
     return make
 

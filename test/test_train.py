@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import soundfile
 
+from meanflow_audio_codec.codec import Codec
 from meanflow_audio_codec.tools.train import main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -182,6 +183,24 @@ def test_one_model_of_several_bitrates(tmp_path):
     scores = {last[f"reconstruction{group}/x_mse_nfe1"] for group in ("", "_2", "_8")}
     assert len(scores) == 3
     assert {"train/code_loss", "train/code_kbps", "train/code_usage", "val/code_bits"} <= set(before | last)
+
+
+def test_levels_are_fitted_before_the_first_step(tmp_path):
+    """Their entries are those of the seed's data and stay, also when the run is resumed; the run is a codec."""
+    workdir, entries = tmp_path / "run", []
+    product = {"model.level_stages": 1, "model.coarse": True, "checkpoint_steps": 3}
+    for steps in (3, 6):
+        main(command(workdir, total_steps=steps, **product))
+        state = final_state(workdir, steps)
+        entries += [state[kind]["level_quantizer"]["codebook"] for kind in ("params", "ema_params")]
+    assert entries[0].std() > 0.1 and np.all(np.diff(entries[0].mean(-1)) >= 0)
+    for other in entries[1:]:
+        np.testing.assert_array_equal(entries[0], other)
+    codec = Codec.load(workdir)
+    audio = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
+    codes, louder = codec.encode(audio, codec.sample_rate), codec.encode(2 * audio, codec.sample_rate)
+    assert np.any(codes[:4] != louder[:4])
+    assert codec.decode(louder).std() > codec.decode(codes).std()
 
 
 def test_trains_on_a_folder_of_mixed_audio(tmp_path):
