@@ -4,8 +4,8 @@
     z, t, r, cond -> flow -> u [b, l, f]                                                      once per evaluation
 
 With `level_stages` the code is that of gain and shape: the level of each band in each frame is quantized for itself,
-and encoder, flow and coarse head work on x / gain, of level 1 everywhere. Noise that nothing has learned from yet then
-has the right level already.
+and encoder, flow and coarse head work on x / gain, whose level is 1 everywhere: the noise that decoding starts from has
+the right level before anything is learned.
 
 In place of the code the decoder may be given a class label, or nothing: `conditioning` "label" and "none" make it the
 generator by which the objectives are compared on images.
@@ -141,8 +141,8 @@ class CodecModel(nn.Module):
     """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
 
     With `coarse` a head gives a first estimate of x from the code, trained as the autoencoder's rung is, and the flow
-    is that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. `cond` ends with the estimate, then the
-    levels; x / gain is the x of all of this.
+    is that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. With `level_stages` both are of x / gain.
+    `cond` ends with the estimate, then the levels.
     """
 
     features: int
