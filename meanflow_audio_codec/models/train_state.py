@@ -22,8 +22,11 @@ class TrainState(struct.PyTreeNode):
     @classmethod
     def create(cls, params: Any, tx: optax.GradientTransformation, scale: Float[Array, "f"]) -> "TrainState":
         """Start a run at step 0; the average starts at the parameters."""
-        copy = jax.tree.map(jnp.copy, params)
-        return cls(jnp.zeros((), jnp.int32), params, copy, tx.init(params), scale)
+        return cls(jnp.zeros((), jnp.int32), params, None, tx.init(params), scale).start_from(params)
+
+    def start_from(self, params: Any) -> "TrainState":
+        """Take over parameters; the average starts at them, as a copy, for a step may consume the buffers of both."""
+        return self.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def ema_update(ema_params: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:

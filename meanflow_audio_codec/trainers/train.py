@@ -122,11 +122,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             state = state.replace(scale=_measure_scale(config, tokenizer, source))
             if model.level_stages:
                 codebook = _fit_levels(config, tokenizer, source, model, state.scale)
-                params = state.params | {"level_quantizer": {"codebook": codebook}}
-                state = state.replace(params=params, ema_params=params)
+                state = state.start_from(state.params | {"level_quantizer": {"codebook": codebook}})
         if config.init_from:
             params = restore(config.init_from, "init_from", {"ema_params": state.params})["ema_params"]
-            state = state.replace(params=params, ema_params=params)
+            state = state.start_from(params)
     state = jax.device_put(state, replicated)
     first_step = int(state.step)
 
