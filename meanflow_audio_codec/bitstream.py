@@ -12,7 +12,8 @@ floating point that a machine could round otherwise:
     P(code a of codebook i | context q) = tables[i, q, a] / 2^16
     q = 0 in the first frame of a block, else 1 + the code of this codebook and channel one frame before
 
-or q = 0 throughout if the tables have one context. constriction takes floating-point weights w_a of n symbols and uses
+or q = 0 throughout if the tables have one context. A block that this does not make shorter than bit-packing is packed,
+and known by its length. constriction takes floating-point weights w_a of n symbols and uses
 the cumulative counts floor(s sum_{b<a} w_b) + a with s = (2^24 - n) / sum_b w_b. For w_a = 2^8 tables[i, q, a] - 1 the
 sum is 2^24 - n, so s = 1, and all partial sums are integers below 2^24, which float32 holds exactly in any order of
 summation: the cumulative counts are 2^8 times those of the table. The tests hold this against a coder in integers.
@@ -377,19 +378,26 @@ def _check_tables(header: Header, tables: np.ndarray | None) -> tuple[np.ndarray
 
 def _encode(header: Header, weights: np.ndarray | None, codes: np.ndarray) -> bytes:
     flat = codes.transpose(2, 0, 1).reshape(-1)  # by frame, channel, codebook
-    a = header.cardinality
-    if weights is None and a & (a - 1) == 0:
-        bits = np.unpackbits(flat.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)
-        return np.packbits(bits[:, 16 - _bits(a) :]).tobytes()
+    if not _packs(header):
+        return _encode_range(header, weights, flat)
+    bits = np.unpackbits(flat.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)
+    packed = np.packbits(bits[:, 16 - _bits(header.cardinality) :]).tobytes()
+    if weights is None:
+        return packed
+    return min(packed, _encode_range(header, weights, flat), key=len)  # the first where they are as long
+
+
+def _encode_range(header: Header, weights: np.ndarray | None, flat: np.ndarray) -> bytes:
     from constriction import stream
 
-    encoder = stream.queue.RangeEncoder()
+    encoder, a = stream.queue.RangeEncoder(), header.cardinality
     if weights is None:
         encoder.encode(flat, stream.model.Uniform(a))
     else:
-        family, rows = stream.model.Categorical(perfect=False), _rows(weights, header.channels, codes.shape[2])
+        width = header.channels * header.num_codebooks  # codes a frame
+        family, rows = stream.model.Categorical(perfect=False), _rows(weights, header.channels, len(flat) // width)
         if weights.shape[1] > 1:
-            rows[header.channels * header.num_codebooks :] += 1 + flat[: -header.channels * header.num_codebooks]
+            rows[width:] += 1 + flat[:-width]
         table = weights.reshape(-1, a)
         for part in _parts(len(flat), a):
             encoder.encode(flat[part], family, table.take(rows[part], axis=0))
@@ -398,14 +406,20 @@ def _encode(header: Header, weights: np.ndarray | None, codes: np.ndarray) -> by
 
 def _decode(header: Header, weights: np.ndarray | None, frames: int, payload: bytes) -> np.ndarray | None:
     """Return int32 codes [c, k, frames], or None if no writer makes this payload."""
-    count, a = header.channels * header.num_codebooks * frames, header.cardinality
-    if weights is None and a & (a - 1) == 0:
-        flat = _unpack(payload, count, _bits(a))
+    count = header.channels * header.num_codebooks * frames
+    size = -(-count * _bits(header.cardinality) // 8)
+    if _packs(header) and (weights is None or len(payload) >= size):
+        flat = _unpack(payload, count, _bits(header.cardinality))
     else:
         flat = _decode_range(header, weights, frames, payload)
     if flat is None:
         return None
     return np.ascontiguousarray(flat.reshape(frames, header.channels, header.num_codebooks).transpose(1, 2, 0))
+
+
+def _packs(header: Header) -> bool:
+    """Return whether codes fill whole bits: then a block is packed where range coding does not make it shorter."""
+    return header.cardinality & (header.cardinality - 1) == 0
 
 
 def _unpack(payload: bytes, count: int, width: int) -> np.ndarray | None:
