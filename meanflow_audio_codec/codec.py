@@ -442,7 +442,7 @@ class Codec:
         z = flow.frame_noise(rng, first * model.downsample + jnp.arange(tokens, dtype=jnp.uint32), model.features)
         sampler, temperature = flow.SAMPLERS[self._config["objective"]]
         u_fn = lambda *args: model.apply({"params": params}, *args, method="flow")
-        x = sampler(u_fn, temperature * z[None], cond, nfe) * model.gain(cond)
+        x = model.from_flow(sampler(u_fn, temperature * z[None], cond, nfe), cond)
         x = scaling.denormalize(x, scale, self._config["tokens"]["exponent"], self._config["tokens"]["eps"])
         audio = self._tokenizer.detokenize(x, self._tokenizer.segment_samples(tokens), channels=1)
         return audio[0, halo * self.hop_length : (halo + BLOCK) * self.hop_length, 0]

@@ -180,7 +180,7 @@ def test_one_model_of_several_bitrates(tmp_path):
     """
     workdir = tmp_path / "run"
     fields = {"model.quantizer_dropout": 0.5, "evals.reconstruction.num_codebooks": "(2,8)", "total_steps": 6}
-    fields |= {"model.level_stages": 1, "model.coarse": True}
+    fields |= {"model.level_stages": 1}
     main(command(workdir, "runlocal,quantizer=rvq", **fields))
     assert "rvq code of 93.75 tokens/s, 6.38 kbps" in (workdir / "train.log").read_text()
     before, last = read(workdir)[-2:]

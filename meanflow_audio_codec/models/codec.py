@@ -3,9 +3,9 @@
     x [b, l, f] -> encode -> codes [b, l / downsample, q] -> upsample -> cond [b, l, d]      once per clip
     z, t, r, cond -> flow -> u [b, l, f]                                                      once per evaluation
 
-With `level_stages` the code is that of gain and shape: the level of each band in each frame is quantized for itself,
-and encoder, flow and coarse head work on x / gain, whose level is 1 everywhere: the noise that decoding starts from has
-the right level before anything is learned.
+With `level_stages` the code is that of gain and shape (gain_shape.py): the levels of the bands, then the loudest
+coefficients. The flow is that of what both leave open, divided by the level that it has: the noise that decoding starts
+from has the right level in every coefficient before anything is learned.
 
 In place of the code the decoder may be given a class label, or nothing: `conditioning` "label" and "none" make it the
 generator by which the objectives are compared on images.
@@ -21,13 +21,13 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models import layers, quantizers
 from meanflow_audio_codec.models.conv_flow import ConvFlow
+from meanflow_audio_codec.models.gain_shape import REFINEMENTS, GainShape
 from meanflow_audio_codec.models.mixer_flow import MixerFlow
 from meanflow_audio_codec.models.mlp_flow import MlpFlow
 from meanflow_audio_codec.models.transformer_flow import TransformerFlow
@@ -45,21 +45,16 @@ VARIANTS = {  #                                      conv          mlp          
 }
 
 
-LEVEL_FLOOR = 3e-3  # of the scale of x: what is quieter is silent
 NUM_CLASSES = 10  # of labels: MNIST's digits
 
 
 class Encoder(nn.Module):
-    """Tokens to latents: half of the blocks before, half after joining `downsample` frames to one.
-
-    With `linear` a matrix leads from the joined tokens to the latents beside the blocks, whose width is then no limit.
-    """
+    """Tokens to latents: half of the blocks before, half after joining `downsample` frames to one."""
 
     width: int
     depth: int
     downsample: int
     latent_dim: int
-    linear: bool = False
     dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
@@ -72,35 +67,7 @@ class Encoder(nn.Module):
         y = nn.Dense(self.width)(y.reshape(b, l // self.downsample, self.downsample * d))
         for _ in range(self.depth - self.depth // 2):
             y = layers.Block(dtype=self.dtype)(y)
-        y = nn.LayerNorm(epsilon=1e-5)(y)
-        if not self.linear:
-            return nn.Dense(self.latent_dim)(y)
-        joined = x.reshape(b, l // self.downsample, -1)
-        lowest = _features_to_latents(x.shape[-1], self.downsample)
-        beside = nn.Dense(self.latent_dim, kernel_init=nn.initializers.zeros)(y)
-        return beside + nn.Dense(self.latent_dim, use_bias=False, kernel_init=lowest)(joined)
-
-
-def _features_to_latents(features: int, downsample: int, gain: float = 0.8) -> nn.initializers.Initializer:
-    """Start a map from joined tokens to latents as the identity of their first features, taken from frame to frame.
-
-    The lowest bins are what a code should say first. The gain makes 4 values of FSQ the best ones for a Gaussian.
-    """
-
-    def init(rng: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Float[Array, "n k"]:
-        place, frame = np.divmod(np.arange(shape[1]), downsample)
-        there = place < features
-        kernel = np.zeros(shape)
-        kernel[(frame * features + place)[there], np.arange(shape[1])[there]] = gain
-        return jnp.asarray(kernel, dtype)
-
-    return init
-
-
-def _latents_to_features(features: int, downsample: int) -> nn.initializers.Initializer:
-    """Start the way back from latents to joined tokens likewise."""
-    to_latents = _features_to_latents(features, downsample, gain=1.5)
-    return lambda rng, shape, dtype=jnp.float32: to_latents(rng, shape[::-1], dtype).T
+        return nn.Dense(self.latent_dim)(nn.LayerNorm(epsilon=1e-5)(y))
 
 
 class Upsampler(nn.Module):
@@ -123,26 +90,39 @@ class Upsampler(nn.Module):
         return nn.LayerNorm(epsilon=1e-5)(y)
 
 
-class CoarseHead(nn.Module):
-    """What the code says of the tokens themselves: a matrix from the latents, and what the upsampler's view adds."""
+class FrameNet(nn.Module):
+    """What frames know, seen with their neighbours; of gain and shape the upsampler, and half of the encoder."""
 
-    features: int
+    width: int
+    depth: int
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
-    def __call__(self, latents: Float[Array, "b m k"], cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
-        b, m, _ = latents.shape
-        downsample = cond.shape[1] // m
-        lowest = _latents_to_features(self.features, downsample)
-        linear = nn.Dense(downsample * self.features, kernel_init=lowest)(latents).reshape(b, -1, self.features)
-        return linear + nn.Dense(self.features, kernel_init=nn.initializers.zeros)(cond)
+    def __call__(self, x: Float[Array, "b l n"]) -> Float[Array, "b l d"]:
+        y = nn.Dense(self.width)(x)
+        for _ in range(self.depth):
+            y = layers.Block(dtype=self.dtype)(y)
+        return nn.LayerNorm(epsilon=1e-5)(y)
+
+
+class ShapeEncoder(nn.Module):
+    """The coefficients over their gain, and what the blocks add, at first nothing."""
+
+    width: int
+    depth: int
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(self, shape: Float[Array, "b l f"], levels: Float[Array, "b l n"]) -> Float[Array, "b l f"]:
+        y = FrameNet(self.width, self.depth, self.dtype)(jnp.concatenate([shape, levels], axis=-1))
+        return shape + nn.Dense(shape.shape[-1], kernel_init=nn.initializers.zeros)(y)
 
 
 class CodecModel(nn.Module):
     """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
 
-    With `coarse` a head gives a first estimate of x from the code, trained as the autoencoder's rung is, and the flow
-    is that of what it leaves over: of x - coarse, from z_t - (1 - t) coarse. With `level_stages` both are of x / gain.
-    `cond` ends with the estimate, then the levels.
+    With `level_stages` the flow's data are `to_flow(x, cond)`: x but for what the code says of it. `latent_dim` is then
+    how many coefficients a latent says; `cond` ends with them, the deviation that they leave, and the levels.
     """
 
     features: int
@@ -159,7 +139,6 @@ class CodecModel(nn.Module):
     latent_dim: int = 64
     downsample: int = 2
     level_stages: int = 0  # of 8 bits a latent
-    coarse: bool = False
     window: int = 32  # frames that a block of the mixer mixes; to each side, that one of the transformer attends to
     times: str = "t_h"
     time_scale: float = 1.0
@@ -189,19 +168,21 @@ class CodecModel(nn.Module):
             raise InputError("model.quantizer_dropout: quantizer 'none' has no codebooks to drop; choose fsq or rvq")
         if self.level_stages:
             self._check_levels()
-            dim = self.downsample * self.num_bands
+            dim = self.downsample * self.gain_shape.num_bands
             self.level_quantizer = quantizers.LevelQuantizer(self.level_stages, dim, self._level_digits)
         size, dtype = VARIANTS[self.variant], jnp.dtype(self.dtype)
         width, side = size["width"], size["side_depth"]
+        if self.level_stages:
+            self.encoder, self.upsampler = ShapeEncoder(width, side, dtype), FrameNet(width, side, dtype)
+        else:
+            self.upsampler = Upsampler(width, side, self.downsample, dtype)
         if self.conditioning == "latent":
-            self.encoder = Encoder(width, side, self.downsample, self.latent_dim, self.coarse, dtype)
+            if not self.level_stages:
+                self.encoder = Encoder(width, side, self.downsample, self.latent_dim, dtype)
             if self.quantizer == "rvq":
                 self.rvq = quantizers.ResidualQuantizer(self.num_quantizers, self.codebook_size, self.latent_dim)
         elif self.conditioning == "label":
             self.label_embedding = nn.Embed(NUM_CLASSES, self.latent_dim)
-        self.upsampler = Upsampler(width, side, self.downsample, dtype)
-        if self.coarse:
-            self.coarse_head = CoarseHead(self.features)
         backbone = BACKBONES[self.backbone]
         self.decoder = backbone(width, size["depth"], self.window, self.times, self.time_scale, dtype)
 
@@ -217,21 +198,26 @@ class CodecModel(nn.Module):
         return self.level_stages * self._level_digits if self.level_stages else 0
 
     @property
-    def num_bands(self) -> int:
-        """Bands whose levels are quantized."""
-        return 1 + max(self.bands)
+    def gain_shape(self) -> GainShape:
+        """Which coefficients the code says, and where they belong."""
+        return GainShape(self.bands, self.downsample, self.latent_dim, self.fsq_levels)
 
     @property
     def _level_digits(self) -> int:
         return round(math.log(quantizers.LEVEL_ENTRIES, max(2, self.cardinality)))
 
     def _check_levels(self) -> None:
-        if self.conditioning != "latent" or self.quantizer == "none":
-            raise InputError("model.level_stages: levels are part of a code; choose latent, and quantizer fsq or rvq")
+        if self.conditioning != "latent" or self.quantizer != "fsq":
+            raise InputError("model.level_stages: levels are part of a code; choose conditioning latent, quantizer fsq")
         if self.cardinality**self._level_digits != quantizers.LEVEL_ENTRIES:
             raise InputError(
                 f"model.level_stages: codes of {self.cardinality} values cannot spell {quantizers.LEVEL_ENTRIES}; "
-                "choose 2, 4, 16 or 256 for fsq_levels or codebook_size"
+                "choose 2, 4, 16 or 256 for fsq_levels"
+            )
+        most = REFINEMENTS * self.downsample * self.features
+        if self.latent_dim > most:
+            raise InputError(
+                f"model.latent_dim is {self.latent_dim}; with level_stages choose up to {most}, all there is"
             )
 
     @property
@@ -250,7 +236,7 @@ class CodecModel(nn.Module):
     def encoder_context(self) -> int:
         """Tokens to each side that a code depends on."""
         side = VARIANTS[self.variant]["side_depth"]
-        before, after = side // 2, side - side // 2
+        before, after = (side, 0) if self.level_stages else (side // 2, side - side // 2)
         return layers.Block.kernel_size // 2 * (before + self.downsample * after) + self.downsample - 1
 
     def decoder_context(self, nfe: int) -> int:
@@ -268,18 +254,18 @@ class CodecModel(nn.Module):
         """
         self._check_kept(num_codebooks)
         if not self.level_stages:
-            return self._encode_shape(x, num_codebooks)
-        level_codes = self.level_quantizer(self.levels(x))
-        levels = self._of_frames(self.level_quantizer.dequantize(level_codes))
-        shape = jnp.concatenate([x / self._gain(levels), levels], axis=-1)
+            return self._encode_latents(x, num_codebooks)
+        level_codes = self.level_quantizer(self.gain_shape.levels(x))
+        levels = self.level_quantizer.dequantize(level_codes)
+        shape = self.encoder(x / self.gain_shape.gain(levels), self.gain_shape.of_frames(levels))
         kept = None if num_codebooks is None else num_codebooks - self.num_level_codebooks
-        latents, codes, metrics = self._encode_shape(shape, kept)
+        values, codes, _ = self.gain_shape.quantize(shape, levels, kept)
         codes = jnp.concatenate([level_codes, codes], axis=-1)
         kept_levels = self.level_quantizer.dequantize(level_codes, num_codebooks)
-        metrics |= quantizers.code_metrics(codes, self.cardinality)
-        return jnp.concatenate([latents, kept_levels], axis=-1), codes, metrics
+        metrics = quantizers.code_metrics(codes, self.cardinality)
+        return jnp.concatenate([values, kept_levels], axis=-1), codes, metrics
 
-    def _encode_shape(self, x: Float[Array, "b l n"], kept: quantizers.Kept) -> quantizers.Quantized:
+    def _encode_latents(self, x: Float[Array, "b l f"], kept: quantizers.Kept) -> quantizers.Quantized:
         latents = self.encoder(x)
         if self.quantizer == "none":
             return latents, jnp.zeros((*latents.shape[:2], 0), jnp.int32), {}
@@ -304,37 +290,33 @@ class CodecModel(nn.Module):
             latents = jnp.concatenate([latents, self.level_quantizer.dequantize(level_codes)], axis=-1)
         return latents
 
-    def levels(self, x: Float[Array, "b l f"]) -> Float[Array, "b m k"]:
-        """Return ln RMS of each band in each of a latent's frames."""
-        member = np.eye(self.num_bands, dtype=np.float32)[np.array(self.bands)]
-        levels = 0.5 * jnp.log(x**2 @ (member / member.sum(0)) + LEVEL_FLOOR**2)
-        return levels.reshape(len(x), x.shape[1] // self.downsample, -1)
-
-    def _of_frames(self, levels: Float[Array, "b m k"]) -> Float[Array, "b l n"]:
-        return levels.reshape(len(levels), -1, self.num_bands)
-
-    def _gain(self, levels: Float[Array, "b l n"]) -> Float[Array, "b l f"]:
-        return jnp.exp(levels[..., np.array(self.bands)])
-
-    def gain(self, cond: Float[Array, "b l d"]) -> Float[Array, "b l f"] | float:
-        """Return what the flow's data are to be multiplied by to be x: the coded levels, 1 without them."""
-        return self._gain(cond[..., -self.num_bands :]) if self.level_stages else 1.0
-
     def condition_on(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:
         """Return what quantized latents tell the decoder; l = m * downsample."""
-        cond = self.upsampler(latents)
-        if self.coarse:
-            cond = jnp.concatenate([cond, self.coarse_head(latents[..., : self.latent_dim], cond)], axis=-1)
-        if self.level_stages:
-            cond = jnp.concatenate([cond, self._of_frames(latents[..., self.latent_dim :])], axis=-1)
-        return cond
+        if not self.level_stages:
+            return self.upsampler(latents)
+        values, levels = latents[..., : self.latent_dim], latents[..., self.latent_dim :]
+        said = jnp.concatenate([*self.gain_shape.place(values, levels), self.gain_shape.of_frames(levels)], axis=-1)
+        return jnp.concatenate([self.upsampler(said), said], axis=-1)
 
-    def coarse_estimate(self, cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
-        """Return the first estimate that `cond` holds of the flow's data, 0 without `coarse`."""
-        if not self.coarse:
-            return jnp.zeros((*cond.shape[:2], self.features))
-        end = cond.shape[-1] - (self.num_bands if self.level_stages else 0)
-        return cond[..., end - self.features : end]
+    def to_flow(self, x: Float[Array, "b l f"], cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
+        """Return the flow's data w: x itself, or with `level_stages` what the code leaves open, over its deviation."""
+        if not self.level_stages:
+            return x
+        known, deviation, gain = self._said(cond)
+        return (x / gain - known) / deviation
+
+    def from_flow(self, w: Float[Array, "b l f"], cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
+        """Return x, the inverse of `to_flow`."""
+        if not self.level_stages:
+            return w
+        known, deviation, gain = self._said(cond)
+        return gain * (known + deviation * w)
+
+    def _said(self, cond: Float[Array, "b l d"]) -> list[Float[Array, "b l f"]]:
+        """Return what the end of `cond` says of each feature: what of x / gain is known, the deviation, the gain."""
+        ends = [-self.gain_shape.num_bands - i * self.features for i in (2, 1, 0)]
+        _, known, deviation, levels = jnp.split(cond, [cond.shape[-1] + end for end in ends], axis=-1)
+        return [known, deviation, self.gain_shape.gain(levels)]
 
     def condition(
         self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None, num_codebooks: quantizers.Kept = None
@@ -377,17 +359,11 @@ class CodecModel(nn.Module):
         return self._as_velocity(z, t, jnp.zeros_like(t), cond, velocity=True)
 
     def _as_velocity(self, z: Array, t: Array, h: Array, cond: Array, velocity: bool = False) -> Array:
-        t_row = t[:, None, None]
-        if not self.coarse:
-            raw = self.decoder(z, t, h, cond, velocity)
-        else:
-            coarse = self.coarse_estimate(cond)
-            raw = self.decoder(z - (1 - t_row) * coarse, t, h, cond, velocity)
-            raw = raw + coarse if self.output == "x" else raw - coarse
+        raw = self.decoder(z, t, h, cond, velocity)
         if self.output == "u":
             return raw
         # Not clip(t, 0.05, 1), whose derivative at its bound, where one-step rows lie, is half the right one.
-        return (z - raw) / jnp.maximum(t_row, 0.05)
+        return (z - raw) / jnp.maximum(t[:, None, None], 0.05)
 
     def __call__(self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None) -> Float[Array, "b l f"]:
         """Touch every parameter once, for initialisation."""

@@ -18,7 +18,8 @@ and RVQ sums fewer terms. Training on a random number of them (`draw_num_codeboo
 Levels, the RMS of each band in dB or nepers, are worth a quantizer of their own (`LevelQuantizer`), as in codecs since
 CELT (RFC 6716): noise of the right level in every band and frame is half of the way to the sound, and a network that
 has to find that out needs thousands of steps for it. Theirs is an RVQ by plain distance, whose entries are fitted to
-training data before the first step and stay; each entry's number is spelt in codes of the other quantizer's values.
+training data before the first step and stay; each entry's number is spelt in codes of the other quantizer's values. The
+entries are multiples of `LEVEL_STEP`, so that their sums are exact in any order.
 
 Metrics are scalars over the batch and all codebooks: `bits` and `perplexity`, the mean over codebooks of the entropy H
 of an index and of 2^H; `usage`, the share of the entries that occur; of RVQ also `loss`, to be added to the training
@@ -36,7 +37,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 Kept = int | Int[Array, "b"] | Int[Array, ""] | None
 Quantized = tuple[Float[Array, "b m k"], Int[Array, "b m q"], dict[str, Float[Array, ""]]]
 
-LEVEL_ENTRIES = 256
+LEVEL_ENTRIES, LEVEL_STEP = 256, 2.0**-8
 COMMITMENT_WEIGHT, CODEBOOK_WEIGHT = 0.25, 1.0  # DAC's
 
 
@@ -173,6 +174,7 @@ def fit_levels(levels: Float[Array, "n k"], num_stages: int) -> Float[Array, "s 
         start = jax.random.choice(jax.random.key(stage), levels, (LEVEL_ENTRIES,), replace=False)
         entries, _ = jax.lax.scan(move, start, length=20)
         entries = entries[jnp.argsort(entries.mean(axis=1))]  # by loudness: of the digits the first says most
+        entries = jnp.round(entries / LEVEL_STEP) * LEVEL_STEP
         levels = levels - entries[_nearest(levels, entries)]
         codebook.append(entries)
     return jnp.stack(codebook)

@@ -262,8 +262,9 @@ def _fit_levels(
     config: ConfigDict, tokenizer: Any, source: AudioInput | MnistInput, model: CodecModel, scale: jax.Array
 ) -> jax.Array:
     """Return the entries of the model's level quantizer, fitted to at least 1024 training examples."""
-    measure = jax.jit(lambda signal: model.levels(training_steps.to_tokens(signal, scale, tokenizer, config)))
-    levels = jnp.concatenate([measure(batch) for batch in _draw_signals(config, source, 1024)])
+    tokens = jax.jit(lambda signal: training_steps.to_tokens(signal, scale, tokenizer, config))
+    levels = [model.gain_shape.levels(tokens(batch)) for batch in _draw_signals(config, source, 1024)]
+    levels = jnp.concatenate(levels)
     return fit_levels(levels.reshape(-1, levels.shape[-1]), model.level_stages)
 
 

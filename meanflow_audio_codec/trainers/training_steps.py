@@ -1,7 +1,7 @@
 """The jitted steps: one update, and what evaluators may ask of the model; for the codec and for the classifier.
 
-signal [b, s, c] -> tokenize -> compand, scale -> x [b, l, f] -> condition -> objective(u, x / gain, cond)
-x -> condition -> sampler(u, noise, cond) * gain -> x_hat -> unscale, expand -> detokenize -> signal
+signal [b, s, c] -> tokenize -> compand, scale -> x [b, l, f] -> condition -> objective(u, to_flow(x), cond)
+x -> condition -> from_flow(sampler(u, noise, cond)) -> x_hat -> unscale, expand -> detokenize -> signal
 """
 
 import functools
@@ -68,7 +68,7 @@ def codec_loss(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> L
     def one_step_mel(params: Any, scale: Array, signal: Array, cond: Array, rng: PRNGKeyArray) -> Float[Array, ""]:
         """Return the mel distance of what one evaluation makes of fresh noise."""
         noise = jax.random.normal(jax.random.fold_in(rng, MEL_STREAM), (*cond.shape[:2], model.features))
-        x_hat = sampler(_apply(model, params, "flow"), temperature * noise, cond, 1) * model.gain(cond)
+        x_hat = model.from_flow(sampler(_apply(model, params, "flow"), temperature * noise, cond, 1), cond)
         decoded = from_tokens(x_hat, scale, tokenizer, config, signal.shape)
         rows = [jnp.swapaxes(a, 1, 2).reshape(-1, signal.shape[1]) for a in (signal, decoded)]
         return jnp.mean(spectral.mel_distance(*rows, config.input.sample_rate))
@@ -78,13 +78,9 @@ def codec_loss(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> L
         # The code is computed once, outside the objective's JVP: along the path it is constant.
         kept = _draw_kept(model, rng, len(x))
         cond, code_metrics = _apply(model, params, "condition")(x, batch.get("label"), kept)
-        x = x / model.gain(cond)
+        x = model.to_flow(x, cond)
         heads = {"v_fn": _apply(model, params, "velocity")} if model.velocity_head else {}
         loss, metrics = objective(_apply(model, params, "flow"), x, cond, rng, config.objective, weight, **heads)
-        if model.coarse:
-            u_coarse = lambda z, t, r, cond: z - _apply(model, params, "coarse_estimate")(cond)
-            coarse_loss, coarse_metrics = OBJECTIVES["autoencoder"](u_coarse, x, cond, rng, config.objective, weight)
-            loss, metrics["coarse_mse"] = loss + coarse_loss, coarse_metrics["x_mse"]
         if "loss" in code_metrics:
             loss += code_metrics["loss"]
         if config.objective.get("mel_weight"):
@@ -160,7 +156,7 @@ def codec_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDic
         noise = lambda seed: flow.frame_noise(jax.random.key(seed), jnp.arange(x.shape[1]), x.shape[2])
         z = temperature * jax.vmap(noise)(seeds)
         cond = condition(state, batch, num_codebooks)
-        x_hat = sampler(_apply(model, state.ema_params, "flow"), z, cond, nfe) * model.gain(cond)
+        x_hat = model.from_flow(sampler(_apply(model, state.ema_params, "flow"), z, cond, nfe), cond)
         decoded = from_tokens(x_hat, state.scale, tokenizer, config, signal.shape)
         return decoded, jnp.mean((x_hat - x) ** 2, axis=(1, 2))
 

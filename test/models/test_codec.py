@@ -193,9 +193,8 @@ def test_a_label_without_labels_is_refused_by_name():
 
 RVQ = {"quantizer": "rvq", "num_quantizers": 5, "codebook_size": 16}
 BANDS = (0, 0, 0, 1, 1, 2, 2, 2)
-LEVELS = {"bands": BANDS, "level_stages": 2, "coarse": True}
-CODED = {"fsq": {"quantizer": "fsq", "fsq_levels": 6}, "rvq": RVQ}
-CODED |= {"fsq with levels": {"quantizer": "fsq", "fsq_levels": 4} | LEVELS, "rvq with levels": RVQ | LEVELS}
+LEVELS = {"bands": BANDS, "level_stages": 2, "fsq_levels": 4}
+CODED = {"fsq": {"quantizer": "fsq", "fsq_levels": 6}, "rvq": RVQ, "fsq with levels": LEVELS}
 
 
 def test_codebooks_are_known_without_parameters():
@@ -206,7 +205,7 @@ def test_codebooks_are_known_without_parameters():
     assert fsq.bitrate_steps == tuple(range(8, 65, 8))
     assert uneven.bitrate_steps == (3, 5, 8, 10, 13, 15, 18, 20)
     assert (few.bitrate_steps, rvq.bitrate_steps) == ((1, 2, 3), (1, 2, 3, 4, 5))
-    with_levels = tiny(latent_dim=20, fsq_levels=4, **LEVELS)
+    with_levels = tiny(latent_dim=20, **LEVELS)
     assert (with_levels.num_level_codebooks, with_levels.num_codebooks) == (8, 28)
     assert with_levels.bitrate_steps == (11, 13, 16, 18, 21, 23, 26, 28)
 
@@ -332,63 +331,17 @@ def test_velocity_head_leaves_the_average_velocity_as_it_is():
     assert v.shape == z.shape and np.abs(u - v).max() > 0.1
 
 
-# --- the coarse head
-
-
-@pytest.mark.parametrize("output", ["x", "u"])
-def test_with_a_coarse_estimate_the_flow_is_that_of_what_it_leaves_over(output):
-    """x - c has the path z_t - (1 - t) c and the velocity v + c: so does the decoder's u, and one step adds c again."""
-    model, z = tiny(backbone="mlp", output=output, coarse=True), normal((3, FRAMES, FEATURES))
-    t, r = times(1.0, 0.6, 0.3), times(0.0, 0.1, 0.3)
-    params = random_params(shapes_of(model, z))
-    apply = lambda method, *inputs: model.apply({"params": params}, *inputs, method=method)
-    cond, _ = apply("condition", normal((3, FRAMES, FEATURES), seed=1))
-    coarse = apply("coarse_estimate", cond)
-    assert coarse.shape == z.shape and np.abs(coarse).max() > 0.1
-    residual = z - (1 - t)[:, None, None] * coarse
-    raw = model.bind({"params": params}).decoder(residual, t, t - r, cond)
-    of_the_rest = raw if output == "u" else (residual - raw) / t[:, None, None]
-    np.testing.assert_allclose(apply("flow", z, t, r, cond), of_the_rest - coarse, rtol=1e-4, atol=1e-4)
-
-
-def test_coarse_adds_parameters_under_its_names_alone():
-    example = jnp.zeros((1, FRAMES, FEATURES))
-    without, with_coarse = (shapes_of(tiny(coarse=coarse), example) for coarse in (False, True))
-    assert with_coarse.keys() - without.keys() == {"coarse_head"}
-    assert with_coarse["upsampler"] == without["upsampler"]
-    assert with_coarse["encoder"].keys() - without["encoder"].keys() == {"Dense_4"}
-
-
-def test_an_untrained_coarse_estimate_is_the_lowest_features_rounded():
-    """4 latents for 2 frames: 2 features of each, by the 4 values best for a Gaussian: 0.1175 of error (Max 1960)."""
-    model, x = tiny(coarse=True, fsq_levels=4), normal((500, FRAMES, FEATURES))
-    params = model.init(jax.random.key(0), x[:1])["params"]
-    cond, _ = model.apply({"params": params}, x, method="condition")
-    coarse = np.asarray(model.apply({"params": params}, cond, method="coarse_estimate"))
-    assert ((coarse - x)[..., :2] ** 2).mean() == pytest.approx(0.1175, abs=0.01)
-    assert not coarse[..., 2:].any()
-
-
 # --- levels
 
 
-def test_levels_are_the_rms_of_each_band_and_frame():
-    """In nepers, frame after frame of a latent; silence is at the floor."""
-    x = normal((2, FRAMES, FEATURES)).at[1, 3].set(0.0)
-    levels = tiny(**LEVELS).levels(x).reshape(2, FRAMES, 3)
-    for band in range(3):
-        inside = np.asarray(x)[..., np.array(BANDS) == band]
-        expected = np.log(np.sqrt((inside**2).mean(-1) + codec.LEVEL_FLOOR**2))
-        np.testing.assert_allclose(levels[..., band], expected, rtol=1e-5, atol=1e-5)
-
-
 def test_gain_and_shape_are_coded_apart():
-    """With entries that hit the levels, x / gain has level 1, and louder tokens differ in the levels' codes alone."""
-    model, x = tiny(fsq_levels=4, **LEVELS), normal((1, FRAMES, FEATURES))
-    params = random_params(shapes_of(model, x))
+    """With entries that hit the levels, what is left to the flow has level 1, and louder tokens change levels alone."""
+    model, x = tiny(**LEVELS), normal((1, FRAMES, FEATURES))
+    params = model.init(jax.random.key(0), x)["params"]
+    levels = jnp.round(model.gain_shape.levels(x) * 256) / 256
     entries = np.full((2, 256, 6), 50.0, np.float32)  # out of reach
-    entries[0, :4], entries[1, 7] = model.levels(x)[0], 0.0
-    entries[0, 100:104] = entries[0, :4] + np.log(2.0)
+    entries[0, :4], entries[1, 7] = levels[0], 0.0
+    entries[0, 100:104] = entries[0, :4] + 177 / 256  # ln 2
     params["level_quantizer"] = {"codebook": jnp.asarray(entries)}
     apply = functools.partial(model.apply, {"params": params})
     _, codes, _ = apply(x, method="encode")
@@ -396,16 +349,34 @@ def test_gain_and_shape_are_coded_apart():
     np.testing.assert_array_equal(codes[0, :, :8], spelt)
     _, louder, _ = apply(2 * x, method="encode")
     np.testing.assert_array_equal(louder[0, :, :8], [[1, 2, 1, i, 0, 0, 1, 3] for i in range(4)])  # 100 is 1210
+    np.testing.assert_array_equal(louder[0, :, 8:], codes[0, :, 8:])
+    cond, _ = apply(x, num_codebooks=8, method="condition")  # the levels' alone
+    w = model.to_flow(x, cond)
+    np.testing.assert_allclose(model.gain_shape.levels(w), 0.0, atol=0.01)
+    np.testing.assert_allclose(model.from_flow(w, cond), x, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_code_says_is_no_longer_the_flows():
+    """Untrained, the flow's data are x / gain less the values that were sent, over the deviation that these leave."""
+    model, x = tiny(**LEVELS), normal((2, FRAMES, FEATURES))
+    params = model.init(jax.random.key(0), x)["params"]
+    apply = functools.partial(model.apply, {"params": params})
     cond, _ = apply(x, method="condition")
-    np.testing.assert_allclose(model.levels(x / model.gain(cond)), 0.0, atol=1e-3)
-    cond_louder, _ = apply(2 * x, method="condition")
-    np.testing.assert_allclose(model.gain(cond_louder), 2 * model.gain(cond), rtol=1e-5)
+    latents, _, _ = apply(x, method="encode")
+    values, levels = latents[..., :LATENTS], latents[..., LATENTS:]
+    known, deviation = model.gain_shape.place(values, levels)
+    assert (np.asarray(known) != 0).sum() == np.asarray(deviation < 1).sum() > 0
+    shape = x / model.gain_shape.gain(levels)
+    np.testing.assert_allclose(model.to_flow(x, cond), (shape - known) / deviation, rtol=1e-4, atol=1e-5)
+    from_flow = model.from_flow(jnp.zeros_like(x), cond)  # the middle of what the code leaves possible
+    np.testing.assert_allclose(from_flow, known * model.gain_shape.gain(levels), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"quantizer": "none"}, "levels are part of a code"),
+        ({"quantizer": "rvq"}, "levels are part of a code"),
         ({"conditioning": "none"}, "levels are part of a code"),
         ({"fsq_levels": 6}, "codes of 6 values cannot spell 256; choose 2, 4, 16 or 256"),
     ],
@@ -413,6 +384,11 @@ def test_gain_and_shape_are_coded_apart():
 def test_levels_that_no_code_can_hold_are_refused(fields, message):
     with pytest.raises(InputError, match=f"model.level_stages: {message}"):
         shapes_of(tiny(**(LEVELS | fields)), jnp.zeros((1, FRAMES, FEATURES)))
+
+
+def test_more_values_than_there_are_are_refused():
+    with pytest.raises(InputError, match="model.latent_dim is 33; with level_stages choose up to 32"):
+        shapes_of(tiny(**(LEVELS | {"latent_dim": 33})), jnp.zeros((1, FRAMES, FEATURES)))
 
 
 # --- at the start
