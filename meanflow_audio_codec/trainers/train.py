@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         example = (jnp.zeros((1, tokenizer.num_tokens(source.segment[0]), features)), jnp.zeros(1, jnp.int32))
     tx, schedule = make_optimizer(config, total_steps, source.steps_per_epoch)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated)  # as steps take it: they are traced once
     def init(rng, scale):
         return TrainState.create(model.init(rng, *example)["params"], tx, scale)
 
@@ -251,9 +251,14 @@ def _measure_scale(config: ConfigDict, tokenizer: Any, source: AudioInput | Mnis
         case "none":
             return jnp.ones(tokenizer.num_features(channels))
         case "band":
-            tokens = tokenizer.tokenize(jnp.asarray(np.concatenate(list(_draw_signals(config, source, 256)))))
-            tokens = scaling.compand(tokens, config.tokens.exponent, config.tokens.eps)
-            return scaling.band_scale(tokens, tokenizer.bands(channels, source.sample_rate))
+            bands = tokenizer.bands(channels, source.sample_rate)
+
+            @jax.jit
+            def measure(signal):
+                tokens = scaling.compand(tokenizer.tokenize(signal), config.tokens.exponent, config.tokens.eps)
+                return scaling.band_scale(tokens, bands)
+
+            return measure(np.concatenate(list(_draw_signals(config, source, 256))))
         case name:
             raise InputError(f"tokens.scale is {name!r}; choose band or none")
 
@@ -262,9 +267,12 @@ def _fit_levels(
     config: ConfigDict, tokenizer: Any, source: AudioInput | MnistInput, model: CodecModel, scale: jax.Array
 ) -> jax.Array:
     """Return the entries of the model's level quantizer, fitted to at least 1024 training examples."""
-    tokens = jax.jit(lambda signal: training_steps.to_tokens(signal, scale, tokenizer, config))
-    levels = [model.gain_shape.levels(tokens(batch)) for batch in _draw_signals(config, source, 1024)]
-    levels = jnp.concatenate(levels)
+
+    @jax.jit
+    def measure(signal):
+        return model.gain_shape.levels(training_steps.to_tokens(signal, scale, tokenizer, config))
+
+    levels = jnp.concatenate([measure(batch) for batch in _draw_signals(config, source, 1024)])
     return fit_levels(levels.reshape(-1, levels.shape[-1]), model.level_stages)
 
 
