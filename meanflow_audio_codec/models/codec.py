@@ -227,10 +227,11 @@ class CodecModel(nn.Module):
 
     @property
     def bitrate_steps(self) -> tuple[int, ...]:
-        """Numbers of codebooks that quantizer dropout keeps: the levels', and up to 8 even steps more, of rvq each."""
+        """Numbers of codebooks that quantizer dropout keeps: the levels', then up to 8 even steps more; of rvq each."""
         count = self.num_codebooks - self.num_level_codebooks
         steps = min(8, count) if self.quantizer == "fsq" else count
-        return tuple(self.num_level_codebooks - (-step * count // steps) for step in range(1, steps + 1))
+        first = 0 if self.level_stages else 1
+        return tuple(self.num_level_codebooks - (-step * count // steps) for step in range(first, steps + 1))
 
     @property
     def encoder_context(self) -> int:

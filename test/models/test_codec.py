@@ -207,7 +207,7 @@ def test_codebooks_are_known_without_parameters():
     assert (few.bitrate_steps, rvq.bitrate_steps) == ((1, 2, 3), (1, 2, 3, 4, 5))
     with_levels = tiny(latent_dim=20, **LEVELS)
     assert (with_levels.num_level_codebooks, with_levels.num_codebooks) == (8, 28)
-    assert with_levels.bitrate_steps == (11, 13, 16, 18, 21, 23, 26, 28)
+    assert with_levels.bitrate_steps == (8, 11, 13, 16, 18, 21, 23, 26, 28)
 
 
 @pytest.fixture(scope="module", params=CODED)
