@@ -125,13 +125,14 @@ def _markdown(cells: list[Cell], metrics: list[str]) -> str:
 
 def _text(mean: float, half_width: float | None) -> str:
     """Write the half-width with two digits and the mean as far as it; four digits where there is none, or it is 0."""
+    unit, letter = next(((unit, letter) for unit, letter in _UNITS if abs(mean) >= 10 * unit), (1, ""))
     if half_width is None or half_width <= 1e-12 * abs(mean):  # equal but for rounding
-        unit, letter = next(((unit, letter) for unit, letter in _UNITS if abs(mean) >= 10 * unit), (1, ""))
         return f"{mean / unit:.4g}{letter}"
+    mean, half_width = mean / unit, half_width / unit
     digits = max(0, 1 - math.floor(math.log10(half_width)))
     if digits > 6:
-        return f"{mean:.4g} ± {half_width:.2g}"
-    return f"{mean:.{digits}f} ± {half_width:.{digits}f}"
+        return f"{mean:.4g} ± {half_width:.2g}{letter}"
+    return f"{mean:.{digits}f} ± {half_width:.{digits}f}{letter}"
 
 
 def _replace(path: Path, text: str) -> None:
