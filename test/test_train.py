@@ -144,7 +144,7 @@ def stepping(workdir):
 def test_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    moments = [stepping, saving, evaluating, stepping]
+    moments = [stepping, saving, evaluating] * 2
     kills = 0
     for moment in moments:
         process = subprocess.Popen(
@@ -158,19 +158,20 @@ def test_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(finished, tmp_path
                     break
             time.sleep(0.001)
         process.wait()
-    assert kills >= 3
+    assert kills >= 5
     main(command(workdir))
     assert_equal_trees(final_state(workdir), final_state(finished))
     assert (workdir / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     assert (workdir / "samples/12/00_nfe01.wav").read_bytes() == (finished / "samples/12/00_nfe01.wav").read_bytes()
 
 
-@pytest.mark.parametrize("arg", ["quantizer=none", "backbone=transformer"])
+@pytest.mark.parametrize("arg", ["quantizer=none", "quantizer=rvq", "backbone=transformer"])
 def test_what_the_ladder_leaves_out_trains(arg, tmp_path):
     """All else is a cell of test_ladder.py."""
     main(command(tmp_path / "run", f"runlocal,{arg}", **{"total_steps": 6}))
     rows = read(tmp_path / "run")
     assert rows[-1]["step"] == 6 and "reconstruction/lsd_db_nfe1" in rows[-1]
+    assert any("train/code_loss" in row for row in rows) == (arg == "quantizer=rvq")
 
 
 def test_one_model_of_several_bitrates(tmp_path):
@@ -189,7 +190,7 @@ def test_one_model_of_several_bitrates(tmp_path):
     assert {"train/code_kbps", "train/code_usage", "val/code_bits"} <= set(before | last)
     state = final_state(workdir, 6)
     entries, averages = (state[kind]["level_quantizer"]["codebook"] for kind in ("params", "ema_params"))
-    assert entries.std() > 0.1 and np.all(np.diff(entries.mean(-1)) > -0.01)
+    assert entries.std() > 0.1 and np.all(np.diff(entries.mean(-1)) >= 0)
     np.testing.assert_allclose(averages, entries, rtol=1e-5)
     codec = Codec.load(workdir)
     audio = np.random.default_rng(0).normal(0, 0.01, 24_000).astype(np.float32)

@@ -173,8 +173,8 @@ def fit_levels(levels: Float[Array, "n k"], num_stages: int) -> Float[Array, "s 
 
         start = jax.random.choice(jax.random.key(stage), levels, (LEVEL_ENTRIES,), replace=False)
         entries, _ = jax.lax.scan(move, start, length=20)
-        entries = entries[jnp.argsort(entries.mean(axis=1))]  # by loudness: of the digits the first says most
         entries = jnp.round(entries / LEVEL_STEP) * LEVEL_STEP
+        entries = entries[jnp.argsort(entries.mean(axis=1))]  # by loudness: of the digits the first says most
         levels = levels - entries[_nearest(levels, entries)]
         codebook.append(entries)
     return jnp.stack(codebook)
