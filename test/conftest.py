@@ -1,5 +1,6 @@
 """What tests in several folders share: compiled programs, a codec of random weights, and a small MNIST."""
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -21,6 +22,23 @@ def compile_once(tmp_path_factory):
 
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="session")
+def hurried():
+    """`with hurried():` compiles in half of the time, without most optimizations; programs round otherwise then."""
+    import jax
+
+    @contextlib.contextmanager
+    def compile_fast():
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+        jax.clear_caches()
+
+    return compile_fast
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,13 @@ def compiled_with_care():
     jax.clear_caches()
 
 
+@pytest.fixture
+def compile_fast(hurried):
+    """For runs that are compared with none of another test."""
+    with hurried():
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, compile_once):
     """The workdir of an uninterrupted run."""
@@ -165,16 +172,7 @@ def test_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(finished, tmp_path
     assert (workdir / "samples/12/00_nfe01.wav").read_bytes() == (finished / "samples/12/00_nfe01.wav").read_bytes()
 
 
-@pytest.mark.parametrize("arg", ["quantizer=none", "quantizer=rvq", "backbone=transformer"])
-def test_what_the_ladder_leaves_out_trains(arg, tmp_path):
-    """All else is a cell of test_ladder.py."""
-    main(command(tmp_path / "run", f"runlocal,{arg}", **{"total_steps": 6}))
-    rows = read(tmp_path / "run")
-    assert rows[-1]["step"] == 6 and "reconstruction/lsd_db_nfe1" in rows[-1]
-    assert any("train/code_loss" in row for row in rows) == (arg == "quantizer=rvq")
-
-
-def test_one_model_of_several_bitrates(tmp_path):
+def test_one_model_of_several_bitrates(tmp_path, compile_fast):
     """Quantizer dropout in training; each bitrate is judged apart; the rate is announced.
 
     Levels are fitted before the first step and stay; what was trained is a codec.
@@ -198,7 +196,7 @@ def test_one_model_of_several_bitrates(tmp_path):
     assert np.mean(louder[0]) > np.mean(codes[0])
 
 
-def test_trains_on_a_folder_of_mixed_audio(tmp_path):
+def test_trains_on_a_folder_of_mixed_audio(tmp_path, compile_fast):
     folder = tmp_path / "music" / "deeper"
     folder.mkdir(parents=True)
     for i, (kind, rate, channels) in enumerate([("wav", 44_100, 2), ("flac", 16_000, 1), ("ogg", 48_000, 1)]):
@@ -208,7 +206,7 @@ def test_trains_on_a_folder_of_mixed_audio(tmp_path):
     assert read(tmp_path / "run")[-1]["step"] == 4
 
 
-def test_a_run_keeps_to_its_files_and_names_those_that_vanish(tmp_path):
+def test_a_run_keeps_to_its_files_and_names_those_that_vanish(tmp_path, compile_fast):
     folder, workdir = tmp_path / "music", tmp_path / "run"
     folder.mkdir()
     for i in range(6):
@@ -251,7 +249,7 @@ def test_other_devices_other_threads_same_losses(finished, tmp_path):
                 np.testing.assert_allclose(many[name], one[name], rtol=1e-3)
 
 
-def test_continues_and_initialises_from_another_run(finished, tmp_path):
+def test_continues_and_initialises_from_another_run(finished, tmp_path, compile_fast):
     main(command(tmp_path / "more", resume=finished, total_steps=14))
     assert read(tmp_path / "more")[0]["step"] == 14
     main(command(tmp_path / "init", init_from=finished, total_steps=2, **{"optimizer.lr": 0.0}))
@@ -370,7 +368,7 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, compile_fast):
     with pytest.raises(SystemExit) as stopped:
         main(command(tmp_path / "run", log_steps=1, **{"optimizer.lr": 1e30, "optimizer.grad_clip_norm": 1e30}))
     assert "not finite at step" in stopped.value.code

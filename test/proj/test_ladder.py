@@ -47,18 +47,14 @@ def names(part):
 
 
 @pytest.fixture(scope="module")
-def compile_fast():
-    """Half of the time of a cell is the optimization of its programs; other tests must not be served what lacks it."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+def compile_fast(hurried):
+    with hurried():
+        yield
 
 
 def with_everything(cell):
     """All evaluators and Muon are in one cell alone: each is a compilation, and the same in all."""
-    return (cell["objective"], cell["backbone"], cell["tokens"]) == ("improved_mean_flow", "conv", "mdct")
+    return tuple(cell.get(key) for key in ("objective", "backbone", "tokens")) == ("improved_mean_flow", "conv", "mdct")
 
 
 def run(config, cell, overrides, workdir):
@@ -107,6 +103,13 @@ def test_audio_cell(cell, tmp_path, compile_fast):
     tones = ("tones/modulation_depth",) if with_everything(cell) else ()
     for name in ("reconstruction/mel_distance", "reconstruction/x_mse", *tones):
         assert {key for key in metrics if key.startswith(name)} == {f"{name}_nfe{k}" for k in nfe}
+
+
+@pytest.mark.parametrize("cell", [{"quantizer": "none"}, {"quantizer": "rvq"}, {"backbone": "transformer"}], ids=str)
+def test_what_the_ladder_leaves_out_trains(cell, tmp_path, compile_fast):
+    metrics = run("configs/meanflow_mdct.py", cell, SHORT | SHORT_AUDIO, tmp_path)
+    assert "reconstruction/lsd_db_nfe1" in metrics
+    assert ("train/code_loss" in metrics) == (cell.get("quantizer") == "rvq")
 
 
 def test_the_matrix_is_whole():

@@ -10,7 +10,17 @@ from PIL import Image
 
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.proj.ladder import report
-from meanflow_audio_codec.proj.ladder.report import AUDIO, MNIST, PREDICTIONS, Row, fill, measure, paired_runs, verdict
+from meanflow_audio_codec.proj.ladder.report import (
+    AUDIO,
+    MNIST,
+    PREDICTIONS,
+    Row,
+    fill,
+    judge,
+    measure,
+    paired_runs,
+    verdict,
+)
 
 CELLS = ("backbone=mlp,tokens=mdct", "backbone=conv,tokens=reshape")
 MLP, CONV = "mlp, mdct", "conv, reshape"
@@ -181,49 +191,54 @@ def test_one_seed_has_no_interval(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "row", "holds"),
+    ("prediction", "row", "word"),
     [
-        (SAME, (1.015, None), True),  # 2 % without an interval
-        (SAME, (0.97, None), False),
-        (SAME, (1.05, 0.06), True),
-        (SAME, (1.05, 0.04), False),
-        (TWICE, (2.09, None), True),
-        (TWICE, (1.5, None), False),
-        (TWICE, (1.5, 0.6), True),
-        (GAP, (0.6, None), True),
-        (GAP, (0.6, 0.2), False),
-        (GAP, (0.4, None), False),
-        (IMPROVED, (10.0, 5.0), True),
-        (IMPROVED, (10.0, 15.0), False),
-        (IMPROVED, (-10.0, 5.0), False),
-        (IMPROVED, (10.0, None), None),  # one seed tells nothing
+        (SAME, (1.01, 0.005), "holds"),
+        (SAME, (1.01, 0.02), "open"),  # a wide interval is no evidence
+        (SAME, (1.05, 0.06), "open"),
+        (SAME, (1.05, 0.02), "fails"),
+        (SAME, (0.95, 0.02), "fails"),
+        (SAME, (1.0, None), "open"),  # one seed tells nothing
+        (TWICE, (2.04, 0.05), "holds"),
+        (TWICE, (2.04, 0.07), "open"),
+        (TWICE, (1.5, 0.3), "fails"),
+        (GAP, (0.9, 0.3), "holds"),
+        (GAP, (0.6, 0.2), "open"),
+        (GAP, (0.2, 0.2), "fails"),
+        (IMPROVED, (10.0, 5.0), "holds"),
+        (IMPROVED, (10.0, 15.0), "open"),
+        (IMPROVED, (-10.0, 5.0), "fails"),
+        (IMPROVED, (10.0, None), "open"),
     ],
 )
-def test_when_a_claim_holds(prediction, row, holds):
-    assert prediction.holds(Row("cell", *row)) == holds
+def test_when_a_claim_holds(prediction, row, word):
+    assert judge(Row("cell", *row), prediction.bounds) == word
 
 
-def test_verdict_counts_the_cells():
-    good, better, bad = Row("a", 2.0, 0.1), Row("b", 2.06, 0.1), Row("c", 3.5, 0.1)
-    claim = "- **a good one-step sampler has twice the autoencoder's token error**: "
-    assert verdict(TWICE, [good, better]).startswith(claim + "holds, in 2 of 2 cells. ")
-    assert verdict(TWICE, [bad]).startswith(claim + "fails, in 0 of 1 cells. ")
+def test_verdict_is_that_of_all_cells_and_counts_them():
+    good, better, bad = Row("a", 2.0, 0.05), Row("b", 2.06, 0.1), Row("c", 3.5, 0.1)
+    claim = "- **a good one-step sampler has twice the autoencoder's token error (within 5 %)**: "
+    line = verdict(TWICE, [good, Row("b", 2.01, 0.1), Row("c", 1.99, 0.05)])
+    assert line.startswith(claim + "holds. ") and line.endswith(". Single cells: holds in 2, open in 1.")
+    assert verdict(TWICE, [bad, Row("d", 3.6, 0.1)]).startswith(claim + "fails. ")
+    assert verdict(TWICE, [good]).startswith(claim + "open. ")  # of one cell there is no spread
     assert verdict(TWICE, []) == claim + "no cell is complete."
     line = verdict(TWICE, [good, better, bad])
-    assert line.startswith(claim + "holds in part, in 2 of 3 cells. ")
     _, half_width = interval([2.0, 2.06, 3.5])
-    assert line.endswith(f": {7.56 / 3:.3g} ± {half_width:.2g} over cells, from 2 to 3.5.")
+    assert line.startswith(claim + "open. ")
+    assert f": {7.56 / 3:.3g} ± {half_width:.2g} over cells, from 2 to 3.5. " in line
+    assert line.endswith(" Single cells: holds in 1, fails in 1, open in 1.")
     assert "\n" not in line
 
 
 def test_verdicts_of_the_made_up_runs(workdir, data):
-    """mlp: equal; 2.0 and 1.5; closed; improved by 42 ± 36 %. conv: 1.2; 2.1 ± 0.5 and 2.0; open; within noise."""
+    """mlp: 1 ± .025; 2.0 ± .25 and 1.5; closed; improved by 42 ± 36 %. conv: 1.2; 2.1 ± .5, 2.0 ± .12; open."""
     words = [verdict(prediction, rows_of(workdir, data, prediction)).partition("**: ")[2] for prediction in PREDICTIONS]
-    assert [line.partition(". ")[0] for line in words] == [
-        "holds in part, in 1 of 2 cells",
-        "holds in part, in 3 of 4 cells",
-        "holds in part, in 2 of 4 cells",
-        "holds in part, in 1 of 2 cells",
+    assert [(line.partition(". ")[0], line.rpartition("cells: ")[2]) for line in words] == [
+        ("open", "fails in 1, open in 1."),
+        ("open", "fails in 1, open in 3."),
+        ("open", "holds in 2, fails in 1, open in 1."),
+        ("open", "holds in 1, open in 1."),
     ]
 
 
