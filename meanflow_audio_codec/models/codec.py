@@ -3,9 +3,10 @@
     x [b, l, f] -> encode -> codes [b, l / downsample, q] -> upsample -> cond [b, l, d]      once per clip
     z, t, r, cond -> flow -> u [b, l, f]                                                      once per evaluation
 
-With `level_stages` the code is that of gain and shape (gain_shape.py): the levels of the bands, then the loudest
-coefficients. The flow is that of what both leave open, divided by the level that it has: the noise that decoding starts
-from has the right level in every coefficient before anything is learned.
+With `level_stages` the code is that of gain and shape (gain_shape.py): the levels of the bands, then the coefficients
+of which most is open. It needs no network, and a latent is what it says of its tokens. The flow is that of what the
+code leaves open, divided by the deviation that it has: the noise that decoding starts from has the right level in every
+coefficient before anything is learned.
 
 In place of the code the decoder may be given a class label, or nothing: `conditioning` "label" and "none" make it the
 generator by which the objectives are compared on images.
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models import layers, quantizers
 from meanflow_audio_codec.models.conv_flow import ConvFlow
-from meanflow_audio_codec.models.gain_shape import REFINEMENTS, GainShape
+from meanflow_audio_codec.models.gain_shape import DEPTH, GainShape
 from meanflow_audio_codec.models.mixer_flow import MixerFlow
 from meanflow_audio_codec.models.mlp_flow import MlpFlow
 from meanflow_audio_codec.models.transformer_flow import TransformerFlow
@@ -91,7 +92,7 @@ class Upsampler(nn.Module):
 
 
 class FrameNet(nn.Module):
-    """What frames know, seen with their neighbours; of gain and shape the upsampler, and half of the encoder."""
+    """What frames know, seen with their neighbours: the upsampler of gain and shape."""
 
     width: int
     depth: int
@@ -105,24 +106,12 @@ class FrameNet(nn.Module):
         return nn.LayerNorm(epsilon=1e-5)(y)
 
 
-class ShapeEncoder(nn.Module):
-    """The coefficients over their gain, and what the blocks add, at first nothing."""
-
-    width: int
-    depth: int
-    dtype: jnp.dtype = jnp.dtype("float32")
-
-    @nn.compact
-    def __call__(self, shape: Float[Array, "b l f"], levels: Float[Array, "b l n"]) -> Float[Array, "b l f"]:
-        y = FrameNet(self.width, self.depth, self.dtype)(jnp.concatenate([shape, levels], axis=-1))
-        return shape + nn.Dense(shape.shape[-1], kernel_init=nn.initializers.zeros)(y)
-
-
 class CodecModel(nn.Module):
     """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
 
     With `level_stages` the flow's data are `to_flow(x, cond)`: x but for what the code says of it. `latent_dim` is then
-    how many coefficients a latent says; `cond` ends with them, the deviation that they leave, and the levels.
+    how many codes there are beside the levels'; a latent, and the end of `cond`, are what is known of the coefficients
+    over their gain, the deviation that this leaves, and the levels.
     """
 
     features: int
@@ -173,7 +162,7 @@ class CodecModel(nn.Module):
         size, dtype = VARIANTS[self.variant], jnp.dtype(self.dtype)
         width, side = size["width"], size["side_depth"]
         if self.level_stages:
-            self.encoder, self.upsampler = ShapeEncoder(width, side, dtype), FrameNet(width, side, dtype)
+            self.upsampler = FrameNet(width, side, dtype)
         else:
             self.upsampler = Upsampler(width, side, self.downsample, dtype)
         if self.conditioning == "latent":
@@ -199,7 +188,7 @@ class CodecModel(nn.Module):
 
     @property
     def gain_shape(self) -> GainShape:
-        """Which coefficients the code says, and where they belong."""
+        """What the code says of the coefficients."""
         return GainShape(self.bands, self.downsample, self.latent_dim, self.fsq_levels)
 
     @property
@@ -209,12 +198,12 @@ class CodecModel(nn.Module):
     def _check_levels(self) -> None:
         if self.conditioning != "latent" or self.quantizer != "fsq":
             raise InputError("model.level_stages: levels are part of a code; choose conditioning latent, quantizer fsq")
-        if self.cardinality**self._level_digits != quantizers.LEVEL_ENTRIES:
+        if self.cardinality not in (2, 4, 16):  # whose powers are the numbers of entries and cells
             raise InputError(
-                f"model.level_stages: codes of {self.cardinality} values cannot spell {quantizers.LEVEL_ENTRIES}; "
-                "choose 2, 4, 16 or 256 for fsq_levels"
+                f"model.level_stages: codes of {self.cardinality} values cannot spell {quantizers.LEVEL_ENTRIES} "
+                "entries of levels in a few digits; choose 2, 4 or 16 for fsq_levels"
             )
-        most = REFINEMENTS * self.downsample * self.features
+        most = DEPTH * self.downsample * self.features
         if self.latent_dim > most:
             raise InputError(
                 f"model.latent_dim is {self.latent_dim}; with level_stages choose up to {most}, all there is"
@@ -237,14 +226,15 @@ class CodecModel(nn.Module):
     def encoder_context(self) -> int:
         """Tokens to each side that a code depends on."""
         side = VARIANTS[self.variant]["side_depth"]
-        before, after = (side, 0) if self.level_stages else (side // 2, side - side // 2)
+        before, after = (0, 0) if self.level_stages else (side // 2, side - side // 2)
         return layers.Block.kernel_size // 2 * (before + self.downsample * after) + self.downsample - 1
 
     def decoder_context(self, nfe: int) -> int:
         """Tokens to each side whose codes and noise a token depends on, decoded by `nfe` evaluations."""
         size = VARIANTS[self.variant]
         decoder = BACKBONES[self.backbone](size["width"], size["depth"], self.window, parent=None)
-        return self.encoder_context + nfe * decoder.context  # the upsampler sees as far as the encoder
+        side = layers.Block.kernel_size // 2 * size["side_depth"] if self.level_stages else 0
+        return side + self.encoder_context + nfe * decoder.context  # an upsampler sees as far as its encoder
 
     def encode(
         self, x: Float[Array, "b l f"], num_codebooks: quantizers.Kept = None
@@ -258,13 +248,8 @@ class CodecModel(nn.Module):
             return self._encode_latents(x, num_codebooks)
         level_codes = self.level_quantizer(self.gain_shape.levels(x))
         levels = self.level_quantizer.dequantize(level_codes)
-        shape = self.encoder(x / self.gain_shape.gain(levels), self.gain_shape.of_frames(levels))
-        kept = None if num_codebooks is None else num_codebooks - self.num_level_codebooks
-        values, codes, _ = self.gain_shape.quantize(shape, levels, kept)
-        codes = jnp.concatenate([level_codes, codes], axis=-1)
-        kept_levels = self.level_quantizer.dequantize(level_codes, num_codebooks)
-        metrics = quantizers.code_metrics(codes, self.cardinality)
-        return jnp.concatenate([values, kept_levels], axis=-1), codes, metrics
+        codes = jnp.concatenate([level_codes, self.gain_shape.encode(x, levels)], axis=-1)
+        return self._dequantize_shape(codes, num_codebooks), codes, quantizers.code_metrics(codes, self.cardinality)
 
     def _encode_latents(self, x: Float[Array, "b l f"], kept: quantizers.Kept) -> quantizers.Quantized:
         latents = self.encoder(x)
@@ -280,23 +265,28 @@ class CodecModel(nn.Module):
         if self.quantizer == "none":
             raise InputError("model.quantizer is 'none': there are no codes to decode; train with fsq or rvq")
         codes = codes[..., :num_codebooks]
-        level_codes, codes = codes[..., : self.num_level_codebooks], codes[..., self.num_level_codebooks :]
-        if self.quantizer == "rvq":
-            latents = self.rvq.dequantize(codes)
-        else:
-            unsent = self.latent_dim - codes.shape[-1]
-            latents = quantizers.fsq_dequantize(codes, self.fsq_levels)
-            latents = jnp.pad(latents, ((0, 0), (0, 0), (0, unsent)))
         if self.level_stages:
-            latents = jnp.concatenate([latents, self.level_quantizer.dequantize(level_codes)], axis=-1)
-        return latents
+            return self._dequantize_shape(codes)
+        if self.quantizer == "rvq":
+            return self.rvq.dequantize(codes)
+        unsent = self.latent_dim - codes.shape[-1]
+        return jnp.pad(quantizers.fsq_dequantize(codes, self.fsq_levels), ((0, 0), (0, 0), (0, unsent)))
+
+    def _dequantize_shape(self, codes: Int[Array, "b m q"], kept: quantizers.Kept = None) -> Float[Array, "b m k"]:
+        level_codes, codes = codes[..., : self.num_level_codebooks], codes[..., self.num_level_codebooks :]
+        levels = self.level_quantizer.dequantize(level_codes, kept)
+        kept = None if kept is None else kept - self.num_level_codebooks
+        said = (*self.gain_shape.decode(codes, levels, kept), levels)
+        return jnp.concatenate([a.reshape(*levels.shape[:2], -1) for a in said], axis=-1)
 
     def condition_on(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:
         """Return what quantized latents tell the decoder; l = m * downsample."""
         if not self.level_stages:
             return self.upsampler(latents)
-        values, levels = latents[..., : self.latent_dim], latents[..., self.latent_dim :]
-        said = jnp.concatenate([*self.gain_shape.place(values, levels), self.gain_shape.of_frames(levels)], axis=-1)
+        b, m, _ = latents.shape
+        size = self.downsample * self.features
+        said = jnp.split(latents, [size, 2 * size], axis=-1)
+        said = jnp.concatenate([a.reshape(b, m * self.downsample, -1) for a in said], axis=-1)
         return jnp.concatenate([self.upsampler(said), said], axis=-1)
 
     def to_flow(self, x: Float[Array, "b l f"], cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:

@@ -47,7 +47,7 @@ def fsq(latents: Float[Array, "b m k"], levels: int, num_codebooks: Kept = None)
     codes = jnp.round(unit).astype(jnp.int32)
     quantized = _straight_through(fsq_dequantize(codes, levels), unit * 2 / (levels - 1) - 1)
     if num_codebooks is not None:
-        quantized = jnp.where(_kept(num_codebooks, latents.shape[-1])[:, None], quantized, 0.0)
+        quantized = jnp.where(first_kept(num_codebooks, latents.shape[-1])[:, None], quantized, 0.0)
     return quantized, codes, code_metrics(codes, levels)
 
 
@@ -105,7 +105,7 @@ class ResidualQuantizer(nn.Module):
 
     def __call__(self, latents: Float[Array, "b m k"], num_codebooks: Kept = None) -> Quantized:
         """Return the sum of the kept approximations, the codes of all, and the metrics."""
-        kept = _kept(self.num_codebooks if num_codebooks is None else num_codebooks, self.num_codebooks)
+        kept = first_kept(self.num_codebooks if num_codebooks is None else num_codebooks, self.num_codebooks)
         residual, quantized, codes, loss = latents, jnp.zeros_like(latents), [], 0.0
         for i, quantizer in enumerate(self.quantizers):
             approximation, indices, losses = quantizer(residual)
@@ -151,7 +151,7 @@ class LevelQuantizer(nn.Module):
 
     def dequantize(self, codes: Int[Array, "b m q"], num_codebooks: Kept = None) -> Float[Array, "b m k"]:
         """Return the sum of the entries whose codes are all there and kept."""
-        kept = _kept(codes.shape[-1] if num_codebooks is None else num_codebooks, codes.shape[-1])
+        kept = first_kept(codes.shape[-1] if num_codebooks is None else num_codebooks, codes.shape[-1])
         levels = jnp.zeros((*codes.shape[:2], self.dim))
         for stage in range(codes.shape[-1] // self.digits):
             first, last = stage * self.digits, (stage + 1) * self.digits - 1
@@ -196,7 +196,7 @@ def draw_num_codebooks(rng: PRNGKeyArray, rows: int, choices: tuple[int, ...], d
     return jnp.where(jax.random.uniform(rng_drop, (rows,)) < dropout, drawn, choices[-1])
 
 
-def _kept(num_codebooks: Kept, total: int) -> Bool[Array, "_ q"]:
+def first_kept(num_codebooks: Kept, total: int) -> Bool[Array, "_ q"]:
     """Which codebooks are kept, by clip, or in one row for all clips."""
     return jnp.arange(total) < jnp.reshape(jnp.asarray(num_codebooks), (-1, 1))
 

@@ -234,8 +234,10 @@ def test_decoding_the_codes_gives_the_encoders_latents(coded):
             decoded = model.apply({"params": params}, given, kept, method="dequantize")
             if model.quantizer == "fsq":
                 np.testing.assert_array_equal(decoded, latents)
-                sent = max(0, kept - model.num_level_codebooks)
-                np.testing.assert_array_equal(decoded[..., sent : model.latent_dim], 0)
+                unsaid = slice(kept, model.latent_dim)
+                if model.level_stages:  # of which the first codes say nothing but levels
+                    unsaid = slice(0, model.downsample * FEATURES if kept < model.num_level_codebooks else 0)
+                np.testing.assert_array_equal(decoded[..., unsaid], 0)
             np.testing.assert_allclose(decoded, latents, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(latents, whole)  # all are all
 
@@ -357,19 +359,19 @@ def test_gain_and_shape_are_coded_apart():
 
 
 def test_what_the_code_says_is_no_longer_the_flows():
-    """Untrained, the flow's data are x / gain less the values that were sent, over the deviation that these leave."""
+    """The flow's data are x / gain less what is known of it, over the deviation left; both in the latents."""
     model, x = tiny(**LEVELS), normal((2, FRAMES, FEATURES))
     params = model.init(jax.random.key(0), x)["params"]
     apply = functools.partial(model.apply, {"params": params})
     cond, _ = apply(x, method="condition")
     latents, _, _ = apply(x, method="encode")
-    values, levels = latents[..., :LATENTS], latents[..., LATENTS:]
-    known, deviation = model.gain_shape.place(values, levels)
-    assert (np.asarray(known) != 0).sum() == np.asarray(deviation < 1).sum() > 0
-    shape = x / model.gain_shape.gain(levels)
-    np.testing.assert_allclose(model.to_flow(x, cond), (shape - known) / deviation, rtol=1e-4, atol=1e-5)
+    size = model.downsample * FEATURES
+    known, deviation = (latents[..., i : i + size].reshape(x.shape) for i in (0, size))
+    gain = model.gain_shape.gain(model.gain_shape.of_frames(latents[..., 2 * size :]))
+    assert (np.asarray(known) != 0).sum() == (np.asarray(deviation) != 1).sum() > 0
+    np.testing.assert_allclose(model.to_flow(x, cond), (x / gain - known) / deviation, rtol=1e-4, atol=1e-5)
     from_flow = model.from_flow(jnp.zeros_like(x), cond)  # the middle of what the code leaves possible
-    np.testing.assert_allclose(from_flow, known * model.gain_shape.gain(levels), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(from_flow, known * gain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +380,7 @@ def test_what_the_code_says_is_no_longer_the_flows():
         ({"quantizer": "none"}, "levels are part of a code"),
         ({"quantizer": "rvq"}, "levels are part of a code"),
         ({"conditioning": "none"}, "levels are part of a code"),
-        ({"fsq_levels": 6}, "codes of 6 values cannot spell 256; choose 2, 4, 16 or 256"),
+        ({"fsq_levels": 6}, "codes of 6 values cannot spell 256 entries of levels in a few digits; choose 2, 4 or 16"),
     ],
 )
 def test_levels_that_no_code_can_hold_are_refused(fields, message):
@@ -386,9 +388,9 @@ def test_levels_that_no_code_can_hold_are_refused(fields, message):
         shapes_of(tiny(**(LEVELS | fields)), jnp.zeros((1, FRAMES, FEATURES)))
 
 
-def test_more_values_than_there_are_are_refused():
-    with pytest.raises(InputError, match="model.latent_dim is 33; with level_stages choose up to 32"):
-        shapes_of(tiny(**(LEVELS | {"latent_dim": 33})), jnp.zeros((1, FRAMES, FEATURES)))
+def test_more_codes_than_there_are_cells_are_refused():
+    with pytest.raises(InputError, match="model.latent_dim is 65; with level_stages choose up to 64"):
+        shapes_of(tiny(**(LEVELS | {"latent_dim": 65})), jnp.zeros((1, FRAMES, FEATURES)))
 
 
 # --- at the start

@@ -1,38 +1,66 @@
-"""gain_shape.py: levels, the order that they give, and values that come back to their places."""
+"""gain_shape.py: levels, cells, and codes that go where most is open."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import integrate, stats
 
 from meanflow_audio_codec.models import gain_shape
-from meanflow_audio_codec.models.gain_shape import REFINEMENTS, GainShape, gaussian_fsq
+from meanflow_audio_codec.models.gain_shape import DEPTH, GainShape, cell_tables
 from meanflow_audio_codec.models.quantizers import LEVEL_STEP
 
 BANDS = (0, 0, 1, 2, 2, 2, 0, 1)  # as of two channels, say
 FRAMES, FEATURES, NUM_BANDS = 2, len(BANDS), 3
+CARDINALITIES = (2, 4, 16)
 
 
 def draw_levels(seed=0, ties=False):
-    """Multiples of the step, [2, 5, frames * bands]; few different ones with `ties`."""
+    """Whole steps, [2, 5, frames * bands]; few different ones with `ties`."""
     rng = np.random.default_rng(seed)
     levels = rng.integers(-3, 3, (2, 5, FRAMES * NUM_BANDS)) if ties else rng.normal(size=(2, 5, FRAMES * NUM_BANDS))
     return jnp.asarray(np.round(levels / LEVEL_STEP) * LEVEL_STEP, jnp.float32)
 
 
-def slow_order(levels, fsq_levels):
-    """The order of (refinement, frame, feature) of one latent by sorting."""
-    lower = np.round(np.log(gaussian_fsq(fsq_levels)[2]) / LEVEL_STEP) * LEVEL_STEP
-    entries = []
-    for refinement, frame, band in np.ndindex(REFINEMENTS, FRAMES, NUM_BANDS):
-        level = float(levels[frame * NUM_BANDS + band]) + refinement * lower - gain_shape._TILT * band
-        entries.append((-level, len(entries), refinement, frame, band))
-    return [
-        (refinement * FRAMES + frame) * FEATURES + feature
-        for _, _, refinement, frame, band in sorted(entries)
-        for feature in range(FEATURES)
-        if BANDS[feature] == band
-    ]
+def draw_tokens(levels, code, seed=1):
+    """Tokens of these levels with the tails that the tables are made for."""
+    rng = np.random.default_rng(seed)
+    gain = code.gain(code.of_frames(levels))
+    return gain * jnp.asarray(0.93 * rng.standard_t(4, gain.shape), jnp.float32)
+
+
+def magnitude_cell(v, count):
+    """The number of |v|'s cell among `count` and its bounds, from the companding law."""
+    cell = min(count - 1, int(count * abs(v) ** 1.5 / (abs(v) ** 1.5 + 1.3**1.5)))
+    bounds = [1.3 * (u / (1 - u)) ** (2 / 3) if u < 1 else np.inf for u in (cell / count, (cell + 1) / count)]
+    return cell, bounds
+
+
+def slow_codes(v, levels, cardinality, count):
+    """The codes of one latent's coefficients v [frame * feature] over their gain, one by one."""
+    _, deviations = cell_tables(cardinality)
+    told, codes = [[] for _ in v], []
+    for _ in range(count):
+        best = None
+        for i in range(len(v)):
+            if len(told[i]) < DEPTH:
+                band = BANDS[i % FEATURES]
+                number = 0
+                for code in told[i]:
+                    number = number * cardinality + 1 + code
+                steps = round(levels[i // FEATURES * NUM_BANDS + band] / LEVEL_STEP) - gain_shape._TILT * band
+                steps += deviations[number]
+                if best is None or steps > best[0]:
+                    best = steps, i
+        i, depth = best[1], len(told[best[1]])
+        cell, _ = magnitude_cell(v[i], cardinality ** (depth + 1) // 2)
+        if depth:
+            code = cell % cardinality
+        else:
+            code = cardinality // 2 + (cell if v[i] >= 0 else -1 - cell)
+        told[i].append(code)
+        codes.append(code)
+    return codes
 
 
 def test_levels_are_the_rms_of_each_band_and_frame():
@@ -46,70 +74,88 @@ def test_levels_are_the_rms_of_each_band_and_frame():
         np.testing.assert_allclose(levels[..., band], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_values_come_in_the_order_of_their_levels(ties):
-    """Loud bands first, ties by number; the values sent are those of that order, and come back to where they were."""
-    code, levels = GainShape(BANDS, FRAMES, REFINEMENTS * FRAMES * FEATURES, 4), draw_levels(ties=ties)
-    order, places = np.asarray(code._order(levels)), np.asarray(code._places(levels))
-    for index in np.ndindex(2, 5):
-        assert order[index].tolist() == slow_order(levels[index], 4)
-        assert places[index][order[index]].tolist() == list(range(len(order[index])))
-
-
-@pytest.mark.parametrize("fsq_levels", [2, 4, 16])
-def test_what_comes_back_is_off_by_the_deviation_that_is_named(fsq_levels):
-    """Gaussian coefficients: not sent, sent once, sent twice."""
-    bands = tuple(np.repeat(range(4), 64).tolist())
-    code = GainShape(bands, 1, 300, fsq_levels)
+@pytest.mark.parametrize("cardinality", CARDINALITIES)
+def test_cells_are_nested_intervals_of_the_companding_law(cardinality):
+    """Mean and deviation are those of Student's law between the bounds, by quadrature; negative cells mirror."""
+    means, deviations = cell_tables(cardinality)
+    law = stats.t(4, scale=0.93)
     rng = np.random.default_rng(0)
+    assert len(means) == len(deviations) == sum(cardinality**depth for depth in range(DEPTH + 1))
+    assert (means[0], deviations[0]) == (0, 0)
+    for v in (*rng.standard_t(3, 8), 60.0, -60.0, 1e-3):
+        number = 0
+        for depth in range(1, DEPTH + 1):
+            count = cardinality**depth // 2
+            cell, (low, high) = magnitude_cell(v, count)
+            below = cardinality ** (depth - 1)
+            first = cardinality // 2 + (cell // below if v > 0 else -1 - cell // below)
+            number = sum(cardinality**d for d in range(depth)) + first * below + cell % below
+            high = min(high, 1e4)
+            nodes = np.geomspace(max(low, 1e-4), high, 20001)
+            moments = [integrate.simpson(law.pdf(nodes) * nodes**power, x=nodes) for power in range(3)]
+            mean = moments[1] / moments[0]
+            deviation = np.sqrt(moments[2] / moments[0] - mean**2)
+            assert means[number] == pytest.approx(np.sign(v) * mean, rel=0.02, abs=2e-4)
+            assert deviations[number] * LEVEL_STEP == pytest.approx(np.log(deviation), abs=0.1)
+
+
+@pytest.mark.parametrize("cardinality", CARDINALITIES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_each_code_goes_to_the_coefficient_of_which_most_is_open(cardinality, ties):
+    """By plain search; equals in the order of their places. To the last code that there is."""
+    levels = draw_levels(ties=ties)
+    code = GainShape(BANDS, FRAMES, DEPTH * FRAMES * FEATURES, cardinality)
+    x = draw_tokens(levels, code)
+    codes = np.asarray(code.encode(x, levels))
+    v = np.asarray(x / code.gain(code.of_frames(levels))).reshape(2, 5, -1)
+    for index in ((0, 0), (1, 3)):
+        assert codes[index].tolist() == slow_codes(v[index], np.asarray(levels[index]), cardinality, code.num_codes)
+
+
+@pytest.mark.parametrize("cardinality", CARDINALITIES)
+def test_what_comes_back_is_off_by_the_deviation_that_is_named(cardinality):
+    """Over many coefficients of the law: of each number of codes, none among them."""
+    code = GainShape(tuple(np.repeat(range(4), 64).tolist()), 1, 300, cardinality)
     levels = jnp.asarray(np.tile(np.array([2.0, -1.0, 0.5, 2.0]), (1, 400, 1)), jnp.float32)
-    shape = jnp.asarray(rng.normal(size=(1, 400, 256)), jnp.float32)
-    values, codes, _ = code.quantize(shape, levels)
-    known, deviation = (np.asarray(a) for a in code.place(values, levels))
-    once = gaussian_fsq(fsq_levels)[2]
-    assert codes.shape == (1, 400, 300) and codes.min() >= 0 and codes.max() < fsq_levels
-    found = np.unique(deviation.round(6))
-    assert len(found) == 3 if fsq_levels < 16 else len(found) >= 2
-    sent = 300 - np.sum(deviation < 1, axis=-1)  # values beside the first of each
-    assert np.all(sent == np.sum(deviation < 0.99 * once, axis=-1))
-    for value, factor in ((1.0, 1.0), (once, 1.0), (once**2, 1.5)):  # what is left over is no Gaussian
-        inside = np.isclose(deviation, value, rtol=1e-4)
-        if inside.any():
-            error = np.sqrt(np.mean((np.asarray(shape)[inside] - known[inside]) ** 2))
-            assert value * 0.9 < error < value * factor * 1.1
+    x = draw_tokens(levels, code)
+    codes = code.encode(x, levels)
+    assert codes.shape == (1, 400, 300) and codes.min() >= 0 and codes.max() < cardinality
+    known, deviation = (np.asarray(a) for a in code.decode(codes, levels))
+    w = (np.asarray(x / code.gain(code.of_frames(levels))) - known) / deviation
+    level = lambda w: np.sqrt(np.mean(np.clip(w, -10, 10) ** 2))
+    assert level(w[known != 0]) == pytest.approx(1.0, abs=0.1)
+    assert level(w[known == 0]) == pytest.approx(0.93 * np.sqrt(2), abs=0.1)  # the law's; levels are to give 1
+    assert np.mean(w[known != 0]) == pytest.approx(0.0, abs=0.05)
+    # The bits are where they pay: what is left over is far below what as many coefficients told once would leave.
+    gain = np.asarray(code.gain(code.of_frames(levels)))
+    assert np.sum((gain * deviation * w) ** 2) < {2: 0.3, 4: 0.1, 16: 0.01}[cardinality] * np.sum(np.asarray(x) ** 2)
 
 
-def test_kept_values_are_the_first_ones():
+def test_kept_codes_are_the_first_ones():
     code, levels = GainShape(BANDS, FRAMES, 12, 4), draw_levels()
-    shape = jnp.asarray(np.random.default_rng(1).normal(size=(2, 10, FEATURES)), jnp.float32)
-    whole, codes, _ = code.quantize(shape, levels)
-    fewer, same, _ = code.quantize(shape, levels, 5)
-    np.testing.assert_array_equal(codes, same)
-    np.testing.assert_array_equal(fewer[..., :5], whole[..., :5])
-    known, deviation = code.place(fewer, levels)
-    assert int(np.sum(np.asarray(fewer) != 0)) == 2 * 5 * 5
-    np.testing.assert_array_equal(np.asarray(known != 0), np.asarray(deviation < 1))
+    codes = code.encode(draw_tokens(levels, code), levels)
+    few = [code.decode(codes[..., :kept], levels) for kept in (0, 5)]
+    for kept, expected in zip((0, 5), few, strict=True):
+        for one, other in zip(code.decode(codes, levels, kept), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    by_clip = code.decode(codes, levels, jnp.array([0, 5]))
+    for i, expected in enumerate(few):
+        for one, other in zip(by_clip, expected, strict=True):
+            np.testing.assert_array_equal(one[i], other[i])
+    assert not np.any(few[0][0]) and np.all(few[0][1] == 1)
+    assert 0 < np.sum(few[1][0] != 0) <= 5 * 10
 
 
-def test_gradients_pass_the_rounding_to_what_was_sent_alone():
-    code, levels = GainShape(BANDS, FRAMES, 4, 4), draw_levels()[:1, :1]
-    shape = jnp.asarray(np.random.default_rng(1).normal(size=(1, 2, FEATURES)), jnp.float32)
-    known = lambda shape: code.place(code.quantize(shape, levels)[0], levels)[0]
-    gradient = jax.grad(lambda shape: known(shape).sum())(shape)
-    np.testing.assert_array_equal(np.asarray(gradient != 0), np.asarray(known(shape) != 0))
-    assert np.asarray(gradient[gradient != 0]).min() > 0
-
-
-def test_the_order_is_the_same_in_every_program():
-    """One by one, in a batch, compiled or not: sums of levels are exact, so nothing depends on their rounding."""
+def test_codes_are_the_same_in_every_program():
+    """One by one, in a batch, compiled or not: steps are whole numbers, so nothing depends on their rounding."""
     code, levels = GainShape(BANDS, FRAMES, 20, 4), draw_levels(ties=True)
-    whole = np.asarray(code._order(levels))
-    np.testing.assert_array_equal(jax.jit(code._order)(levels), whole)
-    for index in np.ndindex(2, 5):
-        np.testing.assert_array_equal(code._order(levels[index][None, None])[0, 0], whole[index])
-
-
-@pytest.mark.parametrize("levels, error", [(2, 0.3634), (4, 0.1175)])
-def test_gaussian_fsq_is_nearly_the_best_quantizer(levels, error):
-    """J. Max, Quantizing for minimum distortion (1960), table 1."""
-    assert gaussian_fsq(levels)[2] ** 2 == pytest.approx(error, rel=0.02)
+    x = draw_tokens(levels, code)
+    whole = np.asarray(code.encode(x, levels))
+    np.testing.assert_array_equal(jax.jit(code.encode)(x, levels), whole)
+    known, _ = code.decode(jnp.asarray(whole), levels)
+    for row, latent in np.ndindex(2, 5):
+        frames = slice(latent * FRAMES, (latent + 1) * FRAMES)
+        one = levels[row, latent][None, None]
+        np.testing.assert_array_equal(code.encode(x[row : row + 1, frames], one)[0, 0], whole[row, latent])
+        alone, _ = code.decode(jnp.asarray(whole[row, latent][None, None]), one)
+        np.testing.assert_array_equal(alone[0], known[row, frames])
