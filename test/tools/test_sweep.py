@@ -507,7 +507,7 @@ from meanflow_audio_codec.configuration import load_config
 
 def get_config(arg=None):
     config = load_config(f"{ROOT}/configs/meanflow_mdct.py:{arg}").unlock()
-    config.total_steps, config.log_steps, config.model.variant = 2, 1, "mu"
+    config.total_steps, config.log_steps, config.model.variant, config.optimizer.name = 2, 1, "mu", "adamw"
     config.input.update(batch_size=4, num_tokens=8)
     config.evals = {"reconstruction": config.evals.reconstruction}  # each evaluation is a compilation
     config.evals.reconstruction.update(num_clips=1, seconds=0.3, nfe=(1,))
@@ -515,8 +515,9 @@ def get_config(arg=None):
 """
 
 
-def test_sweeps_the_trainer(tmp_path):
+def test_sweeps_the_trainer(tmp_path, monkeypatch):
     """Two rungs of the codec and an objective that is none, some ten seconds each on an idle core."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of programs that run twice
     (tmp_path / "small.py").write_text(f"ROOT = {str(ROOT)!r}\n{SMALL}")
     argv = ["--config", f"{tmp_path}/small.py:runlocal", "--workdir", str(tmp_path / "sweep")]
     argv += ["--grid", "objective=autoencoder,flow_matching,gan", "--ratio", "objective=autoencoder"]
