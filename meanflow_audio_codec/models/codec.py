@@ -223,18 +223,22 @@ class CodecModel(nn.Module):
         return tuple(self.num_level_codebooks - (-step * count // steps) for step in range(first, steps + 1))
 
     @property
+    def _side_context(self) -> int:
+        """Tokens to each side that the blocks of the upsampler see, and those of an encoder."""
+        side = VARIANTS[self.variant]["side_depth"]
+        before, after = (side, 0) if self.level_stages else (side // 2, side - side // 2)
+        return layers.Block.kernel_size // 2 * (before + self.downsample * after)
+
+    @property
     def encoder_context(self) -> int:
         """Tokens to each side that a code depends on."""
-        side = VARIANTS[self.variant]["side_depth"]
-        before, after = (0, 0) if self.level_stages else (side // 2, side - side // 2)
-        return layers.Block.kernel_size // 2 * (before + self.downsample * after) + self.downsample - 1
+        return self.downsample - 1 + (0 if self.level_stages else self._side_context)
 
     def decoder_context(self, nfe: int) -> int:
         """Tokens to each side whose codes and noise a token depends on, decoded by `nfe` evaluations."""
         size = VARIANTS[self.variant]
         decoder = BACKBONES[self.backbone](size["width"], size["depth"], self.window, parent=None)
-        side = layers.Block.kernel_size // 2 * size["side_depth"] if self.level_stages else 0
-        return side + self.encoder_context + nfe * decoder.context  # an upsampler sees as far as its encoder
+        return self.downsample - 1 + self._side_context + nfe * decoder.context
 
     def encode(
         self, x: Float[Array, "b l f"], num_codebooks: quantizers.Kept = None
