@@ -35,9 +35,9 @@ class Part(NamedTuple):
 # The smallest model on a quarter of the main config's batch: what eight hours of two cores have room for.
 AUDIO = "configs/meanflow_mdct.py:variant=N"
 AUDIO_BUDGET = (
-    *("--config.total_steps=3000", "--config.input.num_tokens=64", "--config.input.batch_size=8"),
-    *("--config.evals.samples.first_steps=3000", "--config.evals.samples.every_steps=3000"),
-    *("--config.evals.reconstruction.first_steps=1500", "--config.evals.reconstruction.every_steps=1500"),
+    *("--config.total_steps=2000", "--config.input.num_tokens=64", "--config.input.batch_size=8"),
+    *("--config.evals.samples.first_steps=2000", "--config.evals.samples.every_steps=2000"),
+    *("--config.evals.reconstruction.first_steps=1000", "--config.evals.reconstruction.every_steps=1000"),
 )
 # Each changes one field of the config's default, which is the first cell.
 ABLATIONS = (
