@@ -79,6 +79,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.latent_dim = 64
     config.model.downsample = 2
     config.model.level_stages = 0  # of 8 bits, for the level of each band and frame apart; 0: the latents must say it
+    config.model.neighbour_share = 0.0  # of what a code of level_stages says, that is expected of its neighbours
     config.model.window = 32  # frames that a block of the mixer or transformer sees
     config.model.times = "t_h"
     config.model.time_scale = 1.0

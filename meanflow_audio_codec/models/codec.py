@@ -128,6 +128,7 @@ class CodecModel(nn.Module):
     latent_dim: int = 64
     downsample: int = 2
     level_stages: int = 0  # of 8 bits a latent
+    neighbour_share: float = 0.0  # see gain_shape.py
     window: int = 32  # frames that a block of the mixer mixes; to each side, that one of the transformer attends to
     times: str = "t_h"
     time_scale: float = 1.0
@@ -189,7 +190,7 @@ class CodecModel(nn.Module):
     @property
     def gain_shape(self) -> GainShape:
         """What the code says of the coefficients."""
-        return GainShape(self.bands, self.downsample, self.latent_dim, self.fsq_levels)
+        return GainShape(self.bands, self.downsample, self.latent_dim, self.fsq_levels, self.neighbour_share)
 
     @property
     def _level_digits(self) -> int:
@@ -203,6 +204,8 @@ class CodecModel(nn.Module):
                 f"model.level_stages: codes of {self.cardinality} values cannot spell {quantizers.LEVEL_ENTRIES} "
                 "entries of levels in a few digits; choose 2, 4 or 16 for fsq_levels"
             )
+        if not 0 <= self.neighbour_share <= 1:
+            raise InputError(f"model.neighbour_share is {self.neighbour_share}; choose a share from 0 to 1")
         most = DEPTH * self.downsample * self.features
         if self.latent_dim > most:
             raise InputError(

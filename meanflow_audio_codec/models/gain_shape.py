@@ -11,6 +11,10 @@ and open towards the outliers that a wrong level makes. Which coefficient comes 
 it: that whose deviation, given its level and the codes that it has, is largest (reverse water-filling, Cover & Thomas,
 section 10.3.3, by greedy steps). Levels and deviations are whole steps of 2^-8 nepers, whose sums are exact: two
 programs that round otherwise must not disagree on what a code means.
+
+Loud coefficients come in company: a tone fills a few bins of many frames. With `neighbour_share` each code that makes
+its coefficient louder or quieter than was expected moves, by a share of that, what is expected of the neighbours in the
+same latent of which nothing is said yet: their gain, and with it their place in the order.
 """
 
 import dataclasses
@@ -26,8 +30,13 @@ from meanflow_audio_codec.models import quantizers
 
 LEVEL_FLOOR = 1e-4  # RMS, -80 dB of full scale where x is not scaled: what is quieter is silent
 DEPTH = 4  # codes of a coefficient at most
+UNSAID = -1  # in place of a code
 _THRESHOLD, _EXPONENT = 1.3, 1.5  # of the companding
 _TILT = 13  # level steps by which a band counts less than the one below it
+# Frames and features to the neighbours, and what part of the share is theirs.
+_NEIGHBOURS = {(-1, 0): 1.0, (1, 0): 1.0} | dict.fromkeys(
+    [(-2, 0), (2, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)], 0.5
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +48,14 @@ class GainShape:
         frames: Tokens of a latent, d.
         num_codes: Codes of a latent beside those of its levels, k.
         cardinality: Values that one may have; even.
+        neighbour_share: Of what is heard of a coefficient, that is expected of those beside it.
     """
 
     bands: tuple[int, ...]
     frames: int
     num_codes: int
     cardinality: int
+    neighbour_share: float = 0.0
 
     @property
     def num_bands(self) -> int:
@@ -67,18 +78,17 @@ class GainShape:
 
     def encode(self, x: Float[Array, "b l f"], levels: Float[Array, "b m n"]) -> Int[Array, "b m k"]:
         """Return the codes of x, for which `levels` are to be said."""
-        v = x / self.gain(self.of_frames(levels))
-        companded = jnp.abs(v) ** _EXPONENT / (jnp.abs(v) ** _EXPONENT + _THRESHOLD**_EXPONENT)
-        leaves = self.cardinality**DEPTH // 2
-        leaf = jnp.minimum((companded * leaves).astype(jnp.int32), leaves - 1)
+        shape = (x / self.gain(self.of_frames(levels))).reshape(*levels.shape[:2], -1)
         below = self.cardinality ** (DEPTH - 1)
-        first, rest = leaf // below, leaf % below
-        first = jnp.where(v < 0, self.cardinality // 2 - 1 - first, self.cardinality // 2 + first)
-        path = (first * below + rest).reshape(*levels.shape[:2], -1)
+        leaves = self.cardinality // 2 * below
 
-        def read(_: Array, place: Array, depth: Array) -> Array:
-            found = jnp.take_along_axis(path, place[..., None], axis=-1)[..., 0]
-            return found // self.cardinality ** (DEPTH - 1 - depth) % self.cardinality
+        def read(_: Array, place: Array, depth: Array, moved: Array) -> Array:
+            v = jnp.take_along_axis(shape, place[..., None], axis=-1)[..., 0] * jnp.exp(-moved * quantizers.LEVEL_STEP)
+            companded = jnp.abs(v) ** _EXPONENT / (jnp.abs(v) ** _EXPONENT + _THRESHOLD**_EXPONENT)
+            leaf = jnp.minimum((companded * leaves).astype(jnp.int32), leaves - 1)
+            first, rest = leaf // below, leaf % below
+            first = jnp.where(v < 0, self.cardinality // 2 - 1 - first, self.cardinality // 2 + first)
+            return (first * below + rest) // self.cardinality ** (DEPTH - 1 - depth) % self.cardinality
 
         codes, _, _ = self._say(levels, jnp.arange(self.num_codes), read)
         return codes
@@ -87,27 +97,27 @@ class GainShape:
         self, codes: Int[Array, "b m q"], levels: Float[Array, "b m n"], kept: quantizers.Kept = None
     ) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
         """Return what the first codes, all or `kept`, say of x / gain, 0 where nothing, and the deviation left."""
-        _, places, cells = self._say(levels, jnp.moveaxis(codes, -1, 0), lambda code, place, depth: code)
         if kept is not None:
-            cells = jnp.where(quantizers.first_kept(kept, codes.shape[-1])[:, None], cells, 0)
-        b, m = levels.shape[:2]
-        last = jnp.zeros((b, m, self.frames * len(self.bands)), jnp.int32)
-        last = last.at[np.arange(b)[:, None, None], np.arange(m)[:, None], places].max(cells)
+            codes = jnp.where(quantizers.first_kept(kept, codes.shape[-1])[:, None], codes, UNSAID)
+        _, cells, moved = self._say(levels, jnp.moveaxis(codes, -1, 0), lambda code, *_: code)
         means, deviations = cell_tables(self.cardinality)
-        of_frames = lambda table: jnp.asarray(table)[last].reshape(b, m * self.frames, len(self.bands))
-        return of_frames(means), of_frames(np.exp(deviations * quantizers.LEVEL_STEP).astype(np.float32))
+        gain = jnp.exp(moved * quantizers.LEVEL_STEP)
+        of_frames = lambda a: a.reshape(len(levels), -1, len(self.bands))
+        deviations = np.exp(deviations * quantizers.LEVEL_STEP).astype(np.float32)
+        return tuple(of_frames(gain * jnp.asarray(table)[cells]) for table in (means, deviations))
 
     def _say(
-        self, levels: Float[Array, "b m n"], given: Int[Array, "q ..."], read: Callable[[Array, Array, Array], Array]
-    ) -> tuple[Int[Array, "b m q"], Int[Array, "b m q"], Int[Array, "b m q"]]:
-        """Return the codes, of which coefficient [frame, feature] each is, and the cell that it leads to.
+        self, levels: Float[Array, "b m n"], given: Int[Array, "q ..."], read: Callable[..., Array]
+    ) -> tuple[Int[Array, "b m q"], Int[Array, "b m p"], Int[Array, "b m p"]]:
+        """Return the codes, the cell of each coefficient [frame, feature] in the end, and the level steps it moved by.
 
         A cell has the number of a node in the complete tree of `cardinality` branches: 0 is all, then come the first
-        codes, then each one's seconds. `read` gives each code by what is `given` for it, its coefficient, and how many
-        that one has.
+        codes, then each one's seconds. `read` gives each code, or `UNSAID`, by what is `given` for it, its coefficient,
+        how many that one has, and the steps by which its neighbours moved it.
         """
         depths = np.repeat(np.arange(DEPTH + 1), self.cardinality ** np.arange(DEPTH + 1))
         depths, deviations = jnp.asarray(depths), jnp.asarray(cell_tables(self.cardinality)[1])
+        beside, shares = self._neighbours
         size = self.frames * len(self.bands)
         rows = np.arange(levels.shape[0])[:, None], np.arange(levels.shape[1])
         steps = jnp.round(self.of_frames(levels) / quantizers.LEVEL_STEP).astype(jnp.int32)
@@ -115,20 +125,40 @@ class GainShape:
         # The place is the last digit of what is open, so that one maximum finds both; of equals the first place wins.
         open_ = steps.reshape(*levels.shape[:2], size) * size + np.arange(size)[::-1]
 
-        def step(state: tuple[Array, Array], given: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-            open_, cells = state
+        def step(state: tuple[Array, Array, Array], given: Array) -> tuple[tuple[Array, Array, Array], Array]:
+            open_, cells, moved = state
             most = jnp.max(open_, axis=-1)
             place = size - 1 - most % size
             at = (*rows, place)
             before = cells[at]
-            code = read(given, place, depths[before])
-            cell = before * self.cardinality + 1 + code
+            code = read(given, place, depths[before], moved[at])
+            cell = jnp.where(code == UNSAID, before, before * self.cardinality + 1 + code)
             less = most + (deviations[cell] - deviations[before]) * size
             open_ = open_.at[at].set(jnp.where(depths[cell] < DEPTH, less, jnp.iinfo(jnp.int32).min))
-            return (open_, cells.at[at].set(cell)), (code, place, cell)
+            cells = cells.at[at].set(cell)
+            if self.neighbour_share:
+                near = (*(row[..., None] for row in rows), beside[place])
+                unsaid = cells.at[near].get(mode="fill", fill_value=1) == 0
+                by = jnp.where(unsaid, shares[cell] - shares[before], 0)
+                open_, moved = open_.at[near].add(by * size, mode="drop"), moved.at[near].add(by, mode="drop")
+            return (open_, cells, moved), code
 
-        _, said = jax.lax.scan(step, (open_, jnp.zeros_like(open_)), given)
-        return tuple(jnp.moveaxis(a, 0, -1) for a in said)
+        (_, cells, moved), codes = jax.lax.scan(step, (open_, *2 * (jnp.zeros_like(open_),)), given)
+        return jnp.moveaxis(codes, 0, -1), cells, moved
+
+    @property
+    def _neighbours(self) -> tuple[Int[Array, "p e"], Int[Array, "c e"]]:
+        """Return each coefficient's neighbours, p for one that is not there, and by what a cell has moved them."""
+        frames, features = self.frames, len(self.bands)
+        frame, feature = np.divmod(np.arange(frames * features)[:, None], features)
+        by = np.array(list(_NEIGHBOURS))
+        frame, feature = frame + by[:, 0], feature + by[:, 1]
+        there = (frame >= 0) & (frame < frames) & (feature >= 0) & (feature < features)
+        beside = np.where(there, frame * features + feature, frames * features)
+        means, deviations = cell_tables(self.cardinality)
+        loudness = np.log(means**2 + np.exp(2 * deviations * quantizers.LEVEL_STEP)) / 2 / quantizers.LEVEL_STEP
+        shares = self.neighbour_share * np.array(list(_NEIGHBOURS.values()))
+        return jnp.asarray(beside, jnp.int32), jnp.asarray(np.round(loudness[:, None] * shares), jnp.int32)
 
 
 @functools.cache
