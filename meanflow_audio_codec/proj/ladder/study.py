@@ -62,7 +62,9 @@ AUDIO_ABLATIONS = (
     "config.tokens.hop_length=256,config.tokens.group=1",
     "config.tokens.window=kbd",
     "config.model.output=u",
+    "config.model.times=h",
     "config.model.time_scale=1000.0",
+    "config.objective.norm_p=0.5",
 )
 PARTS = {
     "classifier": Part("configs/mnist_classifier.py", (), seeds=1),
