@@ -1,7 +1,7 @@
 """The figures of a sweep: a metric against network evaluations, against training cost, and a row a cell.
 
-Curves and dots are means over the runs shown, bars and bands their 95 % intervals over seeds. Drawn for print: white,
-legible in small, lines apart by colour (Okabe and Ito's) and by marker.
+Curves and dots are means over the runs shown, bars and bands their 95 % intervals over seeds; in the rows a stroke is a
+run. Drawn for print: white, legible in small, lines apart by colour (Okabe and Ito's) and by marker.
 """
 
 from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ def _draw_panels(path: Path, cells: Sequence[Cell], curves: list[list[Curve]], x
             handles.setdefault(line + curve.suffix, handle)
     every = [point for found in curves for curve in found for point in curve.points]
     means = [mean for _, mean, _ in every]
-    if min(means) > 0 and max(means) > 30 * min(means):
+    if _is_wide(means):
         grid[0, 0].set_yscale("log", nonpositive="clip")
     if x_label == EVALUATIONS:
         grid[0, 0].set_xscale("log", base=2)
@@ -177,16 +177,24 @@ def _draw_ablation(path: Path, cells: Sequence[Cell], metric: str) -> None:
     name = f"{metric}_nfe{min(numbers)}" if numbers else metric
     figure = Figure(figsize=(6, 0.3 * len(cells) + 1), layout="constrained")
     panel = figure.subplots()
-    for row, cell in enumerate(cells):
-        if values := cell.values(name):
-            mean, half_width = mean_and_half_width(values)
-            panel.errorbar(mean, row, xerr=half_width or 0, fmt="o", color=_COLORS[0], markersize=4, capsize=2)
+    found = {row: values for row, cell in enumerate(cells) if (values := cell.values(name))}
+    for row, values in found.items():
+        mean, half_width = mean_and_half_width(values)
+        panel.errorbar(mean, row, xerr=half_width or 0, fmt="o", color=_COLORS[0], markersize=4, capsize=2)
+        panel.plot(values, [row] * len(values), "|", color=_COLORS[1], markersize=7)
+    if _is_wide([value for values in found.values() for value in values]):
+        panel.set_xscale("log", nonpositive="clip")
     labels = [f"{own} {cell.mark}".strip() for own, cell in zip(own_names(cells), cells, strict=True)]
     panel.set_yticks(range(len(cells)), labels, parse_math=False)
     panel.set_ylim(len(cells) - 0.5, -0.5)
     panel.set_xlabel(name)
     _finish(panel)
     _save(figure, path)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    """Return whether an even axis would hide all but the largest."""
+    return min(values) > 0 and max(values) > 30 * min(values)
 
 
 def _finish(panel: Any) -> None:

@@ -110,15 +110,19 @@ def _steps(cell: Cell) -> str:
 
 
 def _markdown(cells: list[Cell], metrics: list[str]) -> str:
+    """Write a column for each key; cells of several grids, which have few of the keys each, are named in one."""
     keys = all_keys(cells)
-    rows = [[*keys, "seeds", *metrics], ["---"] * (len(keys) + 1 + len(metrics))]
+    several_grids = any(set(cell.keys) != set(keys) for cell in cells)
+    heads = ["cell"] if several_grids else keys
+    rows = [[*heads, "seeds", *metrics], ["---"] * (len(heads) + 1 + len(metrics))]
     for cell in cells:
+        name = [cell.name.replace(",", ", ")] if several_grids else [cell.keys[key] for key in keys]
         seeds = str(cell.seeds) if not cell.mark else cell.mark
         if cell.mark and not cell.finished:
             seeds += f" at step {_steps(cell)}"
         values = [cell.values(metric) for metric in metrics]
         texts = [_text(*mean_and_half_width(found)) if found else "" for found in values]
-        rows.append([*(cell.keys.get(key, "") for key in keys), seeds, *texts])
+        rows.append([*name, seeds, *texts])
     lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
     return "\n".join(lines) + "\n\nMean over the finished seeds ± half-width of its 95 % interval (Student's t).\n"
 

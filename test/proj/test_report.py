@@ -187,6 +187,27 @@ def test_one_seed_has_no_interval(tmp_path):
     assert [row.mean for row in rows_of(tmp_path, MNIST, SAME)] == pytest.approx([1.2, 1.01])
 
 
+def test_ablations_are_compared_with_the_default_of_their_seed(tmp_path, data):
+    qualities = {
+        "objective=improved_mean_flow": (4.0, 8.0),
+        "objective=mean_flow": (6.0, 10.0),
+        "lr=1,width=2": (2.0, 2.0),
+        "width=3": (1.0,),
+        "width=4": (1.0,),
+    }
+    for name, values in qualities.items():
+        for seed, quality in enumerate(values):
+            folder = tmp_path / data.ablations / name / f"seed{seed}"
+            write_run(folder, "improved_mean_flow", data, 1.0, quality, seed, finished=name != "width=4")
+    assert report.ablation_table(tmp_path, data).splitlines() == [
+        f"| against objective=improved_mean_flow | {data.quality}_nfe1 | {data.quality}_nfe{data.many} |",
+        "| --- | --- | --- |",
+        "| width=3 | 0.25 | 1.00 |",
+        "| lr=1, width=2 | 0.38 [0.25, 0.50] | 1.00 [1.00, 1.00] |",
+        "| objective=mean_flow | 1.38 [1.25, 1.50] | 1.00 [1.00, 1.00] |",
+    ]
+
+
 # --- what is made of it
 
 
@@ -258,6 +279,8 @@ Between.
 <!-- mnist -->
 <!-- /mnist -->
 
+![FID](ladder/mnist_evaluations_images_fid.png)
+
 <!-- audio -->
 the table of audio
 <!-- /audio -->
@@ -306,7 +329,8 @@ def test_findings_twice_are_the_same_page(tmp_path, page):
     assert text.count("\n| mean_flow | ") == 2 and "mse_ratio_nfe1" in text  # the share of the autoencoder's error
     figures = page.with_suffix("")
     names = {f"mnist_{prediction.name}.png" for prediction in PREDICTIONS}
-    assert names < {path.name for path in figures.iterdir()}  # beside those of the sweep
+    shown = {"mnist_evaluations_images_fid.png"}  # and none of the sweep's others
+    assert names | shown == {path.name for path in figures.glob("*.png")}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures.glob("*.png"))
     assert (figures / "mnist_runs.csv").read_text() == (tmp_path / "mnist" / "runs.csv").read_text()
     report.write_findings(tmp_path, page)

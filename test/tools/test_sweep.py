@@ -426,6 +426,19 @@ def test_what_is_missing_is_marked(tmp_path):
     assert read_csv(tmp_path / "table.csv")[3]["val/v_mse_ci95"] == ""
 
 
+def test_cells_of_several_grids_are_named_in_one_column(tmp_path):
+    for name in ("objective=a", "lr=1,width=8"):
+        write_run(tmp_path / name / "seed0", 4, 4, 0.5)
+    sweep.main(["--workdir", str(tmp_path), "--table"])
+    assert (tmp_path / "table.md").read_text().splitlines()[:4] == [
+        "| cell | seeds | val/v_mse |",
+        "| --- | --- | --- |",
+        "| lr=1, width=8 | 1 | 0.5 |",
+        "| objective=a | 1 | 0.5 |",
+    ]
+    assert read_csv(tmp_path / "table.csv")[0]["width"] == "8"
+
+
 def test_mistakes_about_the_table_get_one_line(finished, tmp_path):
     table = ["--workdir", str(finished), "--table"]
     for flags, words in {

@@ -1,8 +1,8 @@
 """The findings of the ladder, from the runs' own files: python -m meanflow_audio_codec.proj.ladder.report --workdir W
 
 Writes the tables and figures of every part into W, tests the predictions, and puts what `documentation/ladder.md` shows
-between its marks `<!-- NAME -->` and `<!-- /NAME -->`; into `documentation/ladder/` go figures, decoded images, and
-`<part>_runs.csv` with every metric of every run. Parts without runs in W keep what they have there.
+between its marks `<!-- NAME -->` and `<!-- /NAME -->`; into `documentation/ladder/` go the figures that the page shows,
+decoded images, and `<part>_runs.csv` with every metric of every run. Parts without runs in W keep what they have there.
 Runs of one seed are paired across cells: they share data order, initial noise and evaluation noise.
 """
 
@@ -25,16 +25,17 @@ AE, FM, MF, IMF = "autoencoder", "flow_matching", "mean_flow", "improved_mean_fl
 
 
 class Data(NamedTuple):
-    """How the predictions are read off a data set: its part, the error of the tokens, and the quality."""
+    """How findings are read off a data set: its part, that of its ablations, the error of the tokens, the quality."""
 
     part: str
+    ablations: str
     x_mse: str
     quality: str  # lower is better
     many: int  # evaluations at which flow matching is judged
 
 
-MNIST = Data("mnist", "images/x_mse", "images/fid", 50)
-AUDIO = Data("audio", "reconstruction/x_mse", "reconstruction/mel_distance", 16)
+MNIST = Data("mnist", "mnist_ablations", "images/x_mse", "images/fid", 50)
+AUDIO = Data("audio", "audio_ablations", "reconstruction/x_mse", "reconstruction/mel_distance", 16)
 
 
 class Row(NamedTuple):
@@ -166,6 +167,32 @@ def verdict(prediction: Prediction, rows: Sequence[Row]) -> str:
     )
 
 
+def ablation_table(workdir: Path, data: Data) -> str:
+    """Return the quality of each ablation over that of the default with the same seed, in Markdown, best first.
+
+    The default is the first cell of the part's first grid.
+    """
+    default = PARTS[data.ablations].grids[0].partition(",")[0]
+    cells = {cell.name: cell for cell in read_cells(workdir / data.ablations)}
+    base = {run.seed: run for run in cells[default].finished} if default in cells else {}
+    rows = []
+    for name, cell in cells.items():
+        pairs = [(run, base[run.seed]) for run in cell.finished if run.seed in base]
+        if pairs and name != default:
+            columns = [
+                [_metric(a, data.quality, n) / _metric(b, data.quality, n) for a, b in pairs] for n in (1, data.many)
+            ]
+            rows.append((np.mean(columns[0]), f"| {name.replace(',', ', ')} | {' | '.join(map(_times, columns))} |"))
+    heads = " | ".join(f"{data.quality}_nfe{nfe}" for nfe in (1, data.many))
+    lines = [f"| against {default} | {heads} |", "| --- | --- | --- |", *(line for _, line in sorted(rows))]
+    return "\n".join(lines)
+
+
+def _times(ratios: Sequence[float]) -> str:
+    """Write a mean ratio and, in brackets, its range over seeds."""
+    return f"{np.mean(ratios):.2f}" + (f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(ratios) > 1 else "")
+
+
 def draw(path: Path, prediction: Prediction, rows: Sequence[Row]) -> None:
     """Draw a dot with its interval for each row, and a line where the claim puts it."""
     from matplotlib.figure import Figure
@@ -200,15 +227,16 @@ def fill(text: str, blocks: dict[str, str]) -> str:
 
 def write_findings(workdir: Path, page: Path) -> None:
     """Write tables and figures of the parts that have runs, and fill the page."""
-    figures = page.with_suffix("")
+    text, figures = page.read_text(), page.with_suffix("")
     figures.mkdir(exist_ok=True)
     blocks = {}
     for part in _parts_with_runs(workdir):
         ratio = "objective=autoencoder" if part in ("mnist", "audio") else ""
         blocks[part] = write_table(workdir / part, ratio=ratio)
         shutil.copy(workdir / part / "runs.csv", figures / f"{part}_runs.csv")
-        for figure in sorted((workdir / part / "figures").glob("*.png")):
-            shutil.copy(figure, figures / f"{part}_{figure.name}")
+        for figure in (workdir / part / "figures").glob("*.png"):
+            if f"({figures.name}/{part}_{figure.name})" in text:
+                shutil.copy(figure, figures / f"{part}_{figure.name}")
     _keep_images(workdir, figures)
     for data in (MNIST, AUDIO):
         if data.part in blocks:
@@ -219,7 +247,9 @@ def write_findings(workdir: Path, page: Path) -> None:
                     draw(figures / f"{data.part}_{prediction.name}.png", prediction, rows)
             lines = [verdict(prediction, rows) for prediction, rows in measured.items()]
             blocks[f"{data.part} predictions"] = "\n".join(lines)
-    page.write_text(fill(page.read_text(), blocks))
+        if data.ablations in blocks:
+            blocks[f"{data.ablations} ratios"] = ablation_table(workdir, data)
+    page.write_text(fill(text, blocks))
 
 
 def _keep_images(workdir: Path, figures: Path) -> None:
