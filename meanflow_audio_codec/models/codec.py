@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models import layers, quantizers
 from meanflow_audio_codec.models.conv_flow import ConvFlow
-from meanflow_audio_codec.models.gain_shape import DEPTH, GainShape
+from meanflow_audio_codec.models.gain_shape import DEPTH, GainShape, Said
 from meanflow_audio_codec.models.mixer_flow import MixerFlow
 from meanflow_audio_codec.models.mlp_flow import MlpFlow
 from meanflow_audio_codec.models.transformer_flow import TransformerFlow
@@ -255,8 +255,10 @@ class CodecModel(nn.Module):
             return self._encode_latents(x, num_codebooks)
         level_codes = self.level_quantizer(self.gain_shape.levels(x))
         levels = self.level_quantizer.dequantize(level_codes)
-        codes = jnp.concatenate([level_codes, self.gain_shape.encode(x, levels)], axis=-1)
-        return self._dequantize_shape(codes, num_codebooks), codes, quantizers.code_metrics(codes, self.cardinality)
+        said = self.gain_shape.encode(x, levels)
+        codes = jnp.concatenate([level_codes, said.codes], axis=-1)
+        latents = self._shape_latents(said, self.level_quantizer.dequantize(level_codes, num_codebooks), num_codebooks)
+        return latents, codes, quantizers.code_metrics(codes, self.cardinality)
 
     def _encode_latents(self, x: Float[Array, "b l f"], kept: quantizers.Kept) -> quantizers.Quantized:
         latents = self.encoder(x)
@@ -273,18 +275,20 @@ class CodecModel(nn.Module):
             raise InputError("model.quantizer is 'none': there are no codes to decode; train with fsq or rvq")
         codes = codes[..., :num_codebooks]
         if self.level_stages:
-            return self._dequantize_shape(codes)
+            level_codes, codes = codes[..., : self.num_level_codebooks], codes[..., self.num_level_codebooks :]
+            levels = self.level_quantizer.dequantize(level_codes)
+            return self._shape_latents(self.gain_shape.decode(codes, levels), levels)
         if self.quantizer == "rvq":
             return self.rvq.dequantize(codes)
         unsent = self.latent_dim - codes.shape[-1]
         return jnp.pad(quantizers.fsq_dequantize(codes, self.fsq_levels), ((0, 0), (0, 0), (0, unsent)))
 
-    def _dequantize_shape(self, codes: Int[Array, "b m q"], kept: quantizers.Kept = None) -> Float[Array, "b m k"]:
-        level_codes, codes = codes[..., : self.num_level_codebooks], codes[..., self.num_level_codebooks :]
-        levels = self.level_quantizer.dequantize(level_codes, kept)
-        kept = None if kept is None else kept - self.num_level_codebooks
-        said = (*self.gain_shape.decode(codes, levels, kept), levels)
-        return jnp.concatenate([a.reshape(*levels.shape[:2], -1) for a in said], axis=-1)
+    def _shape_latents(
+        self, said: Said, levels: Float[Array, "b m n"], num_codebooks: quantizers.Kept = None
+    ) -> Float[Array, "b m k"]:
+        kept = None if num_codebooks is None else num_codebooks - self.num_level_codebooks
+        parts = (*self.gain_shape.known(said, kept), levels)
+        return jnp.concatenate([a.reshape(*levels.shape[:2], -1) for a in parts], axis=-1)
 
     def condition_on(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:
         """Return what quantized latents tell the decoder; l = m * downsample."""

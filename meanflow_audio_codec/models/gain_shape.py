@@ -20,6 +20,7 @@ same latent of which nothing is said yet: their gain, and with it their place in
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,21 @@ from meanflow_audio_codec.models import quantizers
 
 LEVEL_FLOOR = 1e-4  # RMS, -80 dB of full scale where x is not scaled: what is quieter is silent
 DEPTH = 4  # codes of a coefficient at most
-UNSAID = -1  # in place of a code
 _THRESHOLD, _EXPONENT = 1.3, 1.5  # of the companding
 _TILT = 13  # level steps by which a band counts less than the one below it
 # Frames and features to the neighbours, and what part of the share is theirs.
 _NEIGHBOURS = {(-1, 0): 1.0, (1, 0): 1.0} | dict.fromkeys(
     [(-2, 0), (2, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)], 0.5
 )
+
+
+class Said(NamedTuple):
+    """What codes say, each in its turn."""
+
+    codes: Int[Array, "b m q"]
+    places: Int[Array, "b m q"]  # of which coefficient [frame, feature]
+    cells: Int[Array, "b m q"]  # that it is in from then on
+    moves: Int[Array, "b m q e"]  # level steps by which that moves its neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +85,8 @@ class GainShape:
         """Return the RMS that the levels of frames give each feature."""
         return jnp.exp(levels[..., np.array(self.bands)])
 
-    def encode(self, x: Float[Array, "b l f"], levels: Float[Array, "b m n"]) -> Int[Array, "b m k"]:
-        """Return the codes of x, for which `levels` are to be said."""
+    def encode(self, x: Float[Array, "b l f"], levels: Float[Array, "b m n"]) -> Said:
+        """Return what is to be said of x, for which `levels` are."""
         shape = (x / self.gain(self.of_frames(levels))).reshape(*levels.shape[:2], -1)
         below = self.cardinality ** (DEPTH - 1)
         leaves = self.cardinality // 2 * below
@@ -90,30 +99,34 @@ class GainShape:
             first = jnp.where(v < 0, self.cardinality // 2 - 1 - first, self.cardinality // 2 + first)
             return (first * below + rest) // self.cardinality ** (DEPTH - 1 - depth) % self.cardinality
 
-        codes, _, _ = self._say(levels, jnp.arange(self.num_codes), read)
-        return codes
+        return self._say(levels, jnp.arange(self.num_codes), read)
 
-    def decode(
-        self, codes: Int[Array, "b m q"], levels: Float[Array, "b m n"], kept: quantizers.Kept = None
-    ) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
-        """Return what the first codes, all or `kept`, say of x / gain, 0 where nothing, and the deviation left."""
+    def decode(self, codes: Int[Array, "b m q"], levels: Float[Array, "b m n"]) -> Said:
+        """Return what the first codes of a latent say."""
+        return self._say(levels, jnp.moveaxis(codes, -1, 0), lambda code, *_: code)
+
+    def known(self, said: Said, kept: quantizers.Kept = None) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
+        """Return what all codes, or the first `kept`, tell of x / gain, 0 where nothing, and the deviation left."""
+        _, places, cells, moves = said
         if kept is not None:
-            codes = jnp.where(quantizers.first_kept(kept, codes.shape[-1])[:, None], codes, UNSAID)
-        _, cells, moved = self._say(levels, jnp.moveaxis(codes, -1, 0), lambda code, *_: code)
+            alive = quantizers.first_kept(kept, places.shape[-1])[:, None]
+            cells, moves = jnp.where(alive, cells, 0), jnp.where(alive[..., None], moves, 0)
+        b, m, _ = places.shape
+        rows = np.arange(b)[:, None, None], np.arange(m)[:, None]
+        nothing = jnp.zeros((b, m, self.frames * len(self.bands)), jnp.int32)
+        last = nothing.at[(*rows, places)].max(cells)
+        near = (*(row[..., None] for row in rows), self._neighbours[0][places])
+        gain = jnp.exp(nothing.at[near].add(moves, mode="drop") * quantizers.LEVEL_STEP)
         means, deviations = cell_tables(self.cardinality)
-        gain = jnp.exp(moved * quantizers.LEVEL_STEP)
-        of_frames = lambda a: a.reshape(len(levels), -1, len(self.bands))
         deviations = np.exp(deviations * quantizers.LEVEL_STEP).astype(np.float32)
-        return tuple(of_frames(gain * jnp.asarray(table)[cells]) for table in (means, deviations))
+        return tuple((gain * jnp.asarray(table)[last]).reshape(b, -1, len(self.bands)) for table in (means, deviations))
 
-    def _say(
-        self, levels: Float[Array, "b m n"], given: Int[Array, "q ..."], read: Callable[..., Array]
-    ) -> tuple[Int[Array, "b m q"], Int[Array, "b m p"], Int[Array, "b m p"]]:
-        """Return the codes, the cell of each coefficient [frame, feature] in the end, and the level steps it moved by.
+    def _say(self, levels: Float[Array, "b m n"], given: Int[Array, "q ..."], read: Callable[..., Array]) -> Said:
+        """Go where most is open, again and again.
 
         A cell has the number of a node in the complete tree of `cardinality` branches: 0 is all, then come the first
-        codes, then each one's seconds. `read` gives each code, or `UNSAID`, by what is `given` for it, its coefficient,
-        how many that one has, and the steps by which its neighbours moved it.
+        codes, then each one's seconds. `read` gives each code by what is `given` for it, its coefficient, how many that
+        one has, and the steps by which its neighbours moved it.
         """
         depths = np.repeat(np.arange(DEPTH + 1), self.cardinality ** np.arange(DEPTH + 1))
         depths, deviations = jnp.asarray(depths), jnp.asarray(cell_tables(self.cardinality)[1])
@@ -125,39 +138,40 @@ class GainShape:
         # The place is the last digit of what is open, so that one maximum finds both; of equals the first place wins.
         open_ = steps.reshape(*levels.shape[:2], size) * size + np.arange(size)[::-1]
 
-        def step(state: tuple[Array, Array, Array], given: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        def step(state: tuple[Array, Array, Array], given: Array) -> tuple[tuple[Array, Array, Array], Said]:
             open_, cells, moved = state
             most = jnp.max(open_, axis=-1)
             place = size - 1 - most % size
             at = (*rows, place)
             before = cells[at]
             code = read(given, place, depths[before], moved[at])
-            cell = jnp.where(code == UNSAID, before, before * self.cardinality + 1 + code)
+            cell = before * self.cardinality + 1 + code
             less = most + (deviations[cell] - deviations[before]) * size
             open_ = open_.at[at].set(jnp.where(depths[cell] < DEPTH, less, jnp.iinfo(jnp.int32).min))
             cells = cells.at[at].set(cell)
-            if self.neighbour_share:
-                near = (*(row[..., None] for row in rows), beside[place])
-                unsaid = cells.at[near].get(mode="fill", fill_value=1) == 0
-                by = jnp.where(unsaid, shares[cell] - shares[before], 0)
-                open_, moved = open_.at[near].add(by * size, mode="drop"), moved.at[near].add(by, mode="drop")
-            return (open_, cells, moved), code
+            near = (*(row[..., None] for row in rows), beside[place])
+            unsaid = cells.at[near].get(mode="fill", fill_value=1) == 0
+            moves = jnp.where(unsaid, shares[cell] - shares[before], 0)
+            open_, moved = open_.at[near].add(moves * size, mode="drop"), moved.at[near].add(moves, mode="drop")
+            return (open_, cells, moved), Said(code, place, cell, moves)
 
-        (_, cells, moved), codes = jax.lax.scan(step, (open_, *2 * (jnp.zeros_like(open_),)), given)
-        return jnp.moveaxis(codes, 0, -1), cells, moved
+        nothing = jnp.zeros_like(open_)
+        _, said = jax.lax.scan(step, (open_, nothing, nothing), given)
+        return Said(*(jnp.moveaxis(a, 0, 2) for a in said))
 
     @property
     def _neighbours(self) -> tuple[Int[Array, "p e"], Int[Array, "c e"]]:
         """Return each coefficient's neighbours, p for one that is not there, and by what a cell has moved them."""
         frames, features = self.frames, len(self.bands)
+        neighbours = _NEIGHBOURS if self.neighbour_share else {}
         frame, feature = np.divmod(np.arange(frames * features)[:, None], features)
-        by = np.array(list(_NEIGHBOURS))
+        by = np.array(list(neighbours), int).reshape(-1, 2)
         frame, feature = frame + by[:, 0], feature + by[:, 1]
         there = (frame >= 0) & (frame < frames) & (feature >= 0) & (feature < features)
         beside = np.where(there, frame * features + feature, frames * features)
         means, deviations = cell_tables(self.cardinality)
         loudness = np.log(means**2 + np.exp(2 * deviations * quantizers.LEVEL_STEP)) / 2 / quantizers.LEVEL_STEP
-        shares = self.neighbour_share * np.array(list(_NEIGHBOURS.values()))
+        shares = self.neighbour_share * np.array(list(neighbours.values()))
         return jnp.asarray(beside, jnp.int32), jnp.asarray(np.round(loudness[:, None] * shares), jnp.int32)
 
 

@@ -120,10 +120,12 @@ def test_each_code_goes_to_the_coefficient_of_which_most_is_open(cardinality, ti
     levels = draw_levels(ties=ties)
     code = GainShape(BANDS, FRAMES, DEPTH * FRAMES * FEATURES, cardinality, share)
     x = draw_tokens(levels, code)
-    codes = np.asarray(code.encode(x, levels))
+    codes = np.asarray(code.encode(x, levels).codes)
     v = np.asarray(x / code.gain(code.of_frames(levels))).reshape(2, 5, -1)
     for kept in (FEATURES, code.num_codes):
-        said = np.stack([np.asarray(a).reshape(2, 5, -1) for a in code.decode(jnp.asarray(codes), levels, kept)])
+        said = np.stack(
+            [np.asarray(a).reshape(2, 5, -1) for a in code.known(code.decode(jnp.asarray(codes), levels), kept)]
+        )
         for index in ((0, 0), (1, 3)):
             expected, what = slow_codes(v[index], np.asarray(levels[index]), cardinality, kept, share)
             assert codes[index][:kept].tolist() == expected
@@ -136,9 +138,10 @@ def test_what_comes_back_is_off_by_the_deviation_that_is_named(cardinality):
     code = GainShape(tuple(np.repeat(range(4), 64).tolist()), 1, 300, cardinality)
     levels = jnp.asarray(np.tile(np.array([2.0, -1.0, 0.5, 2.0]), (1, 400, 1)), jnp.float32)
     x = draw_tokens(levels, code)
-    codes = code.encode(x, levels)
+    said = code.encode(x, levels)
+    codes = said.codes
     assert codes.shape == (1, 400, 300) and codes.min() >= 0 and codes.max() < cardinality
-    known, deviation = (np.asarray(a) for a in code.decode(codes, levels))
+    known, deviation = (np.asarray(a) for a in code.known(said))
     w = (np.asarray(x / code.gain(code.of_frames(levels))) - known) / deviation
     level = lambda w: np.sqrt(np.mean(np.clip(w, -10, 10) ** 2))
     assert level(w[known != 0]) == pytest.approx(1.0, abs=0.1)
@@ -152,12 +155,12 @@ def test_what_comes_back_is_off_by_the_deviation_that_is_named(cardinality):
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_kept_codes_are_the_first_ones(share):
     code, levels = GainShape(BANDS, FRAMES, 12, 4, share), draw_levels()
-    codes = code.encode(draw_tokens(levels, code), levels)
-    few = [code.decode(codes[..., :kept], levels) for kept in (0, 5)]
+    said = code.encode(draw_tokens(levels, code), levels)
+    few = [code.known(code.decode(said.codes[..., :kept], levels)) for kept in (0, 5)]
     for kept, expected in zip((0, 5), few, strict=True):
-        for one, other in zip(code.decode(codes, levels, kept), expected, strict=True):
+        for one, other in zip(code.known(said, kept), expected, strict=True):
             np.testing.assert_array_equal(one, other)
-    by_clip = code.decode(codes, levels, jnp.array([0, 5]))
+    by_clip = code.known(said, jnp.array([0, 5]))
     for i, expected in enumerate(few):
         for one, other in zip(by_clip, expected, strict=True):
             np.testing.assert_array_equal(one[i], other[i])
@@ -170,14 +173,14 @@ def test_codes_are_the_same_in_every_program(share):
     """One by one, in a batch, compiled or not: steps are whole numbers, so nothing depends on their rounding."""
     code, levels = GainShape(BANDS, FRAMES, 20, 4, share), draw_levels(ties=True)
     x = draw_tokens(levels, code)
-    whole = np.asarray(code.encode(x, levels))
-    np.testing.assert_array_equal(jax.jit(code.encode)(x, levels), whole)
-    known, _ = code.decode(jnp.asarray(whole), levels)
+    said = code.encode(x, levels)
+    whole, (known, _) = np.asarray(said.codes), code.known(said)
+    np.testing.assert_array_equal(jax.jit(code.encode)(x, levels).codes, whole)
     for row, latent in np.ndindex(2, 5):
         frames = slice(latent * FRAMES, (latent + 1) * FRAMES)
         one = levels[row, latent][None, None]
-        np.testing.assert_array_equal(code.encode(x[row : row + 1, frames], one)[0, 0], whole[row, latent])
-        alone, _ = code.decode(jnp.asarray(whole[row, latent][None, None]), one)
+        np.testing.assert_array_equal(code.encode(x[row : row + 1, frames], one).codes[0, 0], whole[row, latent])
+        alone, _ = code.known(code.decode(jnp.asarray(whole[row, latent][None, None]), one))
         np.testing.assert_allclose(alone[0], known[row, frames], rtol=1e-6)
 
 
@@ -190,7 +193,7 @@ def test_neighbours_find_what_sounds_in_bursts():
     for share in (0.0, 0.25):
         code = GainShape((0,) * 16, 4, 32, 4, share)
         levels = jnp.round(code.levels(x) / LEVEL_STEP) * LEVEL_STEP
-        known, deviation = code.decode(code.encode(x, levels), levels)
+        known, deviation = code.known(code.encode(x, levels))
         shape = np.asarray(x / code.gain(code.of_frames(levels)))
         left.append(np.mean((shape - known) ** 2))
         assert np.sqrt(np.mean(np.clip((shape - known) / deviation, -10, 10) ** 2)) == pytest.approx(1.0, abs=0.3)
