@@ -4,6 +4,7 @@ Curves and dots are means over the runs shown, bars and bands their 95 % interva
 run. Drawn for print: white, legible in small, lines apart by colour (Okabe and Ito's) and by marker.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,7 +125,8 @@ def _draw_panels(path: Path, cells: Sequence[Cell], curves: list[list[Curve]], x
     for title, panel in zip(panels, grid.flat, strict=False):
         panels[title] = panel
         missing = [f"{line} {c.mark}" for t, line, c in zip(titles, lines, cells, strict=True) if t == title and c.mark]
-        panel.set_title("\n".join(filter(None, [title, *missing])), fontsize=8, parse_math=False)
+        wrapped = textwrap.wrap(title, 40, break_long_words=False)
+        panel.set_title("\n".join([*wrapped, *missing]), fontsize=8, parse_math=False)
         panel.set_xlabel(x_label)
     for panel in list(grid.flat)[len(panels) :]:
         panel.set_visible(False)

@@ -250,6 +250,9 @@ def test_verdict_is_that_of_all_cells_and_counts_them():
     assert f": {7.56 / 3:.3g} ± {half_width:.2g} over cells, from 2 to 3.5. " in line
     assert line.endswith(" Single cells: holds in 1, fails in 1, open in 1.")
     assert "\n" not in line
+    names = ("a, mdct", "b, mdct", "a, reshape", "b, reshape")
+    rows = [Row(name, mean, None) for name, mean in zip(names, (2.0, 2.002, 3.0, 3.1), strict=True)]
+    assert "; mdct holds with 2 ± 0.013, reshape fails with 3.05 ± 0.64. " in verdict(TWICE, rows)
 
 
 def test_verdicts_of_the_made_up_runs(workdir, data):

@@ -153,18 +153,27 @@ def judge(row: Row, bounds: tuple[float, float]) -> str:
 
 
 def verdict(prediction: Prediction, rows: Sequence[Row]) -> str:
-    """Say in a line what the mean over cells says of the claim, and what the seeds of single cells do."""
+    """Say in a line what all cells together say of the claim, those of each tokenisation, and single cells."""
     if not rows:
         return f"- **{prediction.claim}**: no cell is complete."
     means = [row.mean for row in rows]
     over_cells = Row("", *mean_and_half_width(means))
-    spread = "" if over_cells.half_width is None else f" ± {over_cells.half_width:.2g}"
     words = [judge(row, prediction.bounds) for row in rows]
     counts = ", ".join(f"{word} in {words.count(word)}" for word in ("holds", "fails", "open") if word in words)
+    by_tokens = []
+    for tokens in ("mdct", "reshape"):
+        if found := [row.mean for row in rows if tokens in row.label.split(", ")]:
+            over_tokens = Row("", *mean_and_half_width(found))
+            by_tokens.append(f"{tokens} {judge(over_tokens, prediction.bounds)} with {_spread(over_tokens)}")
     return (
         f"- **{prediction.claim}**: {judge(over_cells, prediction.bounds)}. {prediction.measured.capitalize()}: "
-        f"{over_cells.mean:.3g}{spread} over cells, from {min(means):.3g} to {max(means):.3g}. Single cells: {counts}."
+        f"{_spread(over_cells)} over cells, from {min(means):.3g} to {max(means):.3g}"
+        f"{'; ' if by_tokens else ''}{', '.join(by_tokens)}. Single cells: {counts}."
     )
+
+
+def _spread(row: Row) -> str:
+    return f"{row.mean:.3g}" + ("" if row.half_width is None else f" ± {row.half_width:.2g}")
 
 
 def ablation_table(workdir: Path, data: Data) -> str:
