@@ -69,7 +69,7 @@ AUDIO_ABLATIONS = (
 PARTS = {
     "classifier": Part("configs/mnist_classifier.py", (), seeds=1),
     "mnist": Part("configs/mnist.py", (CELLS,), seeds=3),
-    "mnist_ablations": Part("configs/mnist.py", ABLATIONS, seeds=3, overrides=("--config.total_steps=2000",)),
+    "mnist_ablations": Part("configs/mnist.py", ABLATIONS, seeds=2, overrides=("--config.total_steps=2000",)),
     "mnist_samples": Part("configs/mnist.py", (f"{FLOWS},conditioning=label,none",), seeds=1),
     # 93.75 / 2 latents/s of 16, 32 and 64 values of 2 bits: 1.5, 3 and 6 kbps.
     "audio": Part(
