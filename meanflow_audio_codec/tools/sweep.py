@@ -165,7 +165,7 @@ def run_sweep(
                 f", {_clock(sum(durations) / len(durations) * left / jobs)} left" if durations and left else "",
                 f": {failure}" if failure else "",
             )
-    return failures
+    return {run.name: failures[run.name] for run in todo if run.name in failures}  # in their order, not as they ended
 
 
 def _plan(config: str, folder: Path, grids: Sequence[str], overrides: Sequence[str], seeds: int) -> list[_Run]:
