@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from meanflow_audio_codec.tools.sweep_runs import Cell, Run, all_keys, mean_and_half_width, split_nfe
+from meanflow_audio_codec.tools.sweep_runs import Cell, Run, all_keys, mean_and_half_width, of_several_grids, split_nfe
 
 FIGURES = ("images/fid", "images/mse", "reconstruction/mel_distance", "reconstruction/x_mse")
 EVALUATIONS = "network evaluations"
@@ -101,8 +101,7 @@ def is_ablation(cells: Sequence[Cell]) -> bool:
     """Return whether rows tell the cells apart better than panels: several grids' cells, or one key at a time."""
     items = [set(cell.keys.items()) for cell in cells]
     away = lambda a, b: len({key for key, _ in a ^ b})
-    several_grids = len({frozenset(cell.keys) for cell in cells}) > 1
-    return several_grids or any(all(away(base, own) <= 1 for own in items) for base in items)
+    return of_several_grids(cells) or any(all(away(base, own) <= 1 for own in items) for base in items)
 
 
 def _draw_panels(path: Path, cells: Sequence[Cell], curves: list[list[Curve]], x_label: str, y_label: str) -> None:

@@ -185,6 +185,11 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
 
 
+def of_several_grids(cells: Sequence[Cell]) -> bool:
+    """Return whether some cells have other keys than others."""
+    return len({frozenset(cell.keys) for cell in cells}) > 1
+
+
 def all_keys(cells: Sequence[Cell]) -> list[str]:
     """Return the keys of any cell, in their order."""
     return list(dict.fromkeys(key for cell in cells for key in cell.keys))

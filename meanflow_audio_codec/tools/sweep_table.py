@@ -22,6 +22,7 @@ from meanflow_audio_codec.tools.sweep_runs import (
     all_keys,
     mean_and_half_width,
     natural,
+    of_several_grids,
     read_cells,
     split_nfe,
 )
@@ -112,7 +113,7 @@ def _steps(cell: Cell) -> str:
 def _markdown(cells: list[Cell], metrics: list[str]) -> str:
     """Write a column for each key; cells of several grids, which have few of the keys each, are named in one."""
     keys = all_keys(cells)
-    several_grids = any(set(cell.keys) != set(keys) for cell in cells)
+    several_grids = of_several_grids(cells)
     heads = ["cell"] if several_grids else keys
     rows = [[*heads, "seeds", *metrics], ["---"] * (len(heads) + 1 + len(metrics))]
     for cell in cells:
