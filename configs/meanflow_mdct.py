@@ -95,8 +95,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.norm_p = 1.0
     config.objective.norm_eps = 0.01
     config.objective.weighting = "feature"  # every feature counts alike; band: every band of the ear's scale
-    config.objective.mel_weight = 0.0  # of the mel distance of the one-step sample; 0 in comparisons of methods
-    config.objective.mel_fraction = 1.0  # share of the clips that it is taken of: for all it costs as much as the rest
+    config.objective.mel_weight = 0.0  # of the one-step sample's energy distance in mels; 0 in comparisons of methods
+    config.objective.mel_fraction = 1.0  # share of the clips that it is taken of: for half it costs as much as the rest
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "muon"  # or adamw

@@ -7,10 +7,10 @@
     audio, sample_rate = codec.decompress(data)      # the original's rate and exact length
 
 The network is mono: every channel is a row of its own, and stereo is coded as (l + r) / 2 and (l - r) / 2. It works in
-blocks of `BLOCK` code frames on a grid fixed to the start of the file, each with as many neighbours as the network can
-see; beyond the ends of a file there is silence. So what comes out depends on the audio alone, not on how it was cut:
-whole, chunked and streamed are one computation, and a batch is its rows. Decoding noise is a function of the seed, the
-channel and the absolute frame.
+blocks of `BLOCK` tokens on a grid fixed to the start of the file, each with as many neighbours as the network can see;
+beyond the ends of a file there is silence. So what comes out depends on the audio alone, not on how it was cut: whole,
+chunked and streamed are one computation, and a batch is its rows. Decoding noise is a function of the seed, the channel
+and the absolute frame.
 """
 
 import hashlib
@@ -39,8 +39,8 @@ from meanflow_audio_codec.preprocessing.tokenizers import build_tokenizer
 from meanflow_audio_codec.trainers import flow
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-BLOCK = 32  # code frames computed at a time, for which streaming waits
-FILE_BLOCK = 256  # code frames of a block of a file: its length and checksum are some 0.5 % of it
+BLOCK = 64  # tokens computed at a time, for which streaming waits
+FILE_BLOCK = 512  # tokens of a block of a file: its length and checksum are some 0.5 % of it
 _READ_SAMPLES = 1 << 18  # of a file at a time
 
 
@@ -92,15 +92,17 @@ class Codec:
         self.frame_rate = self.sample_rate / self.hop_length
         self.num_codebooks, self.cardinality = model.num_codebooks, model.cardinality
         self.bitrate = self.frame_rate * self.num_codebooks * math.log2(self.cardinality) / 1000
+        self._block = self._in_frames(BLOCK)
         # The encoder gives whole blocks, of which the decoder needs as many more as its halo touches.
-        self.latency = (BLOCK * (1 + -(-self._decode_halo(1) // BLOCK)) + self._encode_halo) * self.hop_length
+        blocks = 1 + -(-self._decode_halo(1) // self._block)
+        self.latency = (self._block * blocks + self._encode_halo) * self.hop_length
         self._encode_window = jax.jit(self._encode_window)
         self._decode_window = jax.jit(self._decode_window, static_argnames="nfe")
         # What stands beyond the ends of a file. A bundle holds it, lest it should differ between machines.
         self._silence = arrays.get("silence")
         if self._silence is None:
             nothing = np.zeros(self._encode_window_samples, np.float32)
-            self._silence = np.asarray(self._encode_window(self._params, self._scale, nothing))[BLOCK // 2]
+            self._silence = np.asarray(self._encode_window(self._params, self._scale, nothing))[self._block // 2]
         self._arrays = arrays | {"silence": self._silence}
         self.fingerprint = _fingerprint(config, self._arrays)
 
@@ -212,23 +214,23 @@ class Codec:
 
         With `last` the stream ends after `audio`: all remaining frames come, and the state is done with.
         """
-        hop, window = self.hop_length, self._encode_window_samples
+        hop, block, window = self.hop_length, self._block, self._encode_window_samples
         samples = state.samples + audio.shape[1]
         pending, frames = np.concatenate([state.pending, audio.astype(np.float32)], axis=1), state.frames
         total = self._num_frames(samples)
         if last:
-            blocks = -(-(total - frames) // BLOCK)
-            missing = (blocks - 1) * BLOCK * hop + window - pending.shape[1]
+            blocks = -(-(total - frames) // block)
+            missing = (blocks - 1) * block * hop + window - pending.shape[1]
             pending = np.pad(pending, ((0, 0), (0, max(0, missing))))
         else:
-            blocks = max(0, (pending.shape[1] - window) // (BLOCK * hop) + 1)
-        starts = np.arange(blocks) * BLOCK * hop
+            blocks = max(0, (pending.shape[1] - window) // (block * hop) + 1)
+        starts = np.arange(blocks) * block * hop
         codes = [
             [np.asarray(self._encode_window(self._params, self._scale, row[s : s + window])) for s in starts]
             for row in pending
         ]
-        codes = np.asarray(codes, np.int32).reshape(len(pending), blocks * BLOCK, self.num_codebooks).swapaxes(1, 2)
-        state = EncodeState(pending[:, blocks * BLOCK * hop :], samples, frames + blocks * BLOCK)
+        codes = np.asarray(codes, np.int32).reshape(len(pending), blocks * block, self.num_codebooks).swapaxes(1, 2)
+        state = EncodeState(pending[:, blocks * block * hop :], samples, frames + blocks * block)
         return state, codes[:, :, : total - frames] if last else codes
 
     def decode_start(self, channels: int = 1, nfe: int = 1, seed: int = 0) -> DecodeState:
@@ -245,33 +247,33 @@ class Codec:
 
         With `last` the stream ends after `codes`: the samples of all frames come, and the state is done with.
         """
-        kept, halo = codes.shape[1], self._decode_halo(state.nfe)
+        kept, block, halo = codes.shape[1], self._block, self._decode_halo(state.nfe)
         received, frames = state.received + codes.shape[2], state.frames
         pending = np.concatenate([state.pending[:, :kept], codes], axis=2).astype(np.int32)
-        window = BLOCK + 2 * halo
+        window = block + 2 * halo
         if last:
-            blocks = -(-(received - frames) // BLOCK)
-            missing = (blocks - 1) * BLOCK + window - pending.shape[2]
+            blocks = -(-(received - frames) // block)
+            missing = (blocks - 1) * block + window - pending.shape[2]
             silence = np.broadcast_to(self._silence[None, :kept, None], (len(pending), kept, max(0, missing)))
             pending = np.concatenate([pending, silence], axis=2)
         else:
-            blocks = max(0, (pending.shape[2] - window) // BLOCK + 1)
+            blocks = max(0, (pending.shape[2] - window) // block + 1)
         audio = [
             [
                 self._decode_window(
                     self._params,
                     self._scale,
-                    np.ascontiguousarray(pending[channel, :, i * BLOCK : i * BLOCK + window].T),
-                    np.array([state.seed, channel, frames + i * BLOCK - halo], np.int64).astype(np.uint32),
+                    np.ascontiguousarray(pending[channel, :, i * block : i * block + window].T),
+                    np.array([state.seed, channel, frames + i * block - halo], np.int64).astype(np.uint32),
                     nfe=state.nfe,
                 )
                 for i in range(blocks)
             ]
             for channel in range(len(pending))
         ]
-        audio = np.asarray(audio, np.float32).reshape(len(pending), blocks * BLOCK * self.hop_length)
+        audio = np.asarray(audio, np.float32).reshape(len(pending), blocks * block * self.hop_length)
         state = state._replace(
-            pending=pending[:, :, blocks * BLOCK :], received=received, frames=frames + blocks * BLOCK
+            pending=pending[:, :, blocks * block :], received=received, frames=frames + blocks * block
         )
         return state, audio[:, : (received - frames) * self.hop_length] if last else audio
 
@@ -341,7 +343,7 @@ class Codec:
             channels=channels,
             num_codebooks=kept,
             cardinality=self.cardinality,
-            block_frames=min(FILE_BLOCK, bitstream.MAX_BLOCK_CODES // (channels * kept)),
+            block_frames=min(self._in_frames(FILE_BLOCK), bitstream.MAX_BLOCK_CODES // (channels * kept)),
             seed=seed,
             entropy="range" if entropy and self._tables is not None else "none",
         )
@@ -410,6 +412,9 @@ class Codec:
 
     ################################################ One window of the network
 
+    def _in_frames(self, tokens: int) -> int:
+        return max(1, tokens // self._model.downsample)
+
     @property
     def _encode_halo(self) -> int:
         """Code frames that the encoder sees to each side, and one for the MDCT's overlap."""
@@ -420,15 +425,15 @@ class Codec:
 
     @property
     def _encode_window_samples(self) -> int:
-        return (BLOCK + 2 * self._encode_halo) * self.hop_length + self._tokenizer.samples_per_token
+        return (self._block + 2 * self._encode_halo) * self.hop_length + self._tokenizer.samples_per_token
 
     def _encode_window(self, params: Any, scale: Float[Array, "f"], audio: Float[Array, " n"]) -> Int[Array, "l k"]:
         tokens = self._tokenizer.tokenize(audio[None, :, None])
         # The token before the window gave the first frame its past; those after it lack their future.
-        tokens = tokens[:, 1 : 1 + (BLOCK + 2 * self._encode_halo) * self._model.downsample]
+        tokens = tokens[:, 1 : 1 + (self._block + 2 * self._encode_halo) * self._model.downsample]
         x = scaling.normalize(tokens, scale, self._config["tokens"]["exponent"], self._config["tokens"]["eps"])
         _, codes, _ = self._model.apply({"params": params}, x, method="encode")
-        return codes[0, self._encode_halo : self._encode_halo + BLOCK]
+        return codes[0, self._encode_halo : self._encode_halo + self._block]
 
     def _decode_window(
         self, params: Any, scale: Float[Array, "f"], codes: Int[Array, "l k"], place: UInt32[Array, "3"], nfe: int
@@ -445,7 +450,7 @@ class Codec:
         x = model.from_flow(sampler(u_fn, temperature * z[None], cond, nfe), cond)
         x = scaling.denormalize(x, scale, self._config["tokens"]["exponent"], self._config["tokens"]["eps"])
         audio = self._tokenizer.detokenize(x, self._tokenizer.segment_samples(tokens), channels=1)
-        return audio[0, halo * self.hop_length : (halo + BLOCK) * self.hop_length, 0]
+        return audio[0, halo * self.hop_length : (halo + self._block) * self.hop_length, 0]
 
     ################################################ Checks
 

@@ -26,6 +26,7 @@ from meanflow_audio_codec.trainers import flow
 
 ROOT = Path(__file__).parents[1]
 RATE, HOP = 8000, 64  # of the codec
+BLOCK_FRAMES, FILE_BLOCK_FRAMES = BLOCK // 2, FILE_BLOCK // 2  # a code frame of this codec is two tokens
 CHUNKS = (1, 63, 64, 1000, 2047, 2048, 2049, 10_000)  # samples, or 64ths of a code frame; a block has 2048
 RATES = (8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000)
 # Decodes in a process with one thread, on one core; prints nothing unless it fails.
@@ -128,7 +129,7 @@ def test_axes_and_frame_counts(codec):
 
 @pytest.mark.parametrize("size", CHUNKS)
 def test_streamed_equals_whole(codec, size):
-    audio = music(3 * BLOCK * HOP + 777, channels=2)
+    audio = music(3 * BLOCK_FRAMES * HOP + 777, channels=2)
     codes = codec.encode(audio, RATE)
     np.testing.assert_array_equal(stream_encode(codec, audio, size), codes)
     whole = stream_decode(codec, codes, 10**6)
@@ -207,7 +208,7 @@ def test_another_network(random_codec):
 
 
 def test_streaming_waits_for_the_latency(codec):
-    audio = music(3 * BLOCK * HOP, channels=1)
+    audio = music(3 * BLOCK_FRAMES * HOP, channels=1)
     encoder, decoder = codec.encode_start(), codec.decode_start()
     given, most = 0, 0
     for taken, sample in enumerate(audio.T, start=1):
@@ -270,7 +271,7 @@ def test_a_path_is_its_samples(codec, tmp_path, suffix, rate, channels):
 
 def test_size_is_the_advertised_bitrate(codec):
     """Within 1 %, header and framing apart; the codes of whole blocks, of several bitrates."""
-    frames = 4 * FILE_BLOCK
+    frames = 4 * FILE_BLOCK_FRAMES
     audio = music(frames * HOP - HOP // 2, channels=2)
     for kept in (1, 5, 8):
         measured = bitstream.info(io.BytesIO(codec.compress(audio, RATE, num_codebooks=kept)))
@@ -296,7 +297,7 @@ def test_bundle(codec, bundle):
 
 
 def test_salvage_keeps_the_place_of_what_is_whole(codec):
-    audio = music(3 * FILE_BLOCK * HOP)
+    audio = music(3 * FILE_BLOCK_FRAMES * HOP)
     file = codec.compress(audio, RATE)
     whole, _ = codec.decompress(file)
     damaged = bytearray(file)
@@ -307,7 +308,7 @@ def test_salvage_keeps_the_place_of_what_is_whole(codec):
     salvaged = np.concatenate(list(blocks), axis=1)
     halo = 16 * HOP
     assert salvaged.shape == whole.shape and len(reader.lost) == 1
-    for part in (slice(0, FILE_BLOCK * HOP - halo), slice(2 * FILE_BLOCK * HOP + halo, None)):
+    for part in (slice(0, FILE_BLOCK_FRAMES * HOP - halo), slice(2 * FILE_BLOCK_FRAMES * HOP + halo, None)):
         np.testing.assert_array_equal(salvaged[:, part], whole[:, part])
 
 

@@ -19,7 +19,8 @@ Levels, the RMS of each band in dB or nepers, are worth a quantizer of their own
 CELT (RFC 6716): noise of the right level in every band and frame is half of the way to the sound, and a network that
 has to find that out needs thousands of steps for it. Theirs is an RVQ by plain distance, whose entries are fitted to
 training data before the first step and stay; each entry's number is spelt in codes of the other quantizer's values. The
-entries are multiples of `LEVEL_STEP`, so that their sums are exact in any order.
+nearest entry of each stage rarely makes the nearest sum: the best `LEVEL_PATHS` sums are followed from stage to stage.
+The entries are multiples of `LEVEL_STEP`, so that their sums are exact in any order.
 
 Metrics are scalars over the batch and all codebooks: `bits` and `perplexity`, the mean over codebooks of the entropy H
 of an index and of 2^H; `usage`, the share of the entries that occur; of RVQ also `loss`, to be added to the training
@@ -37,7 +38,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 Kept = int | Int[Array, "b"] | Int[Array, ""] | None
 Quantized = tuple[Float[Array, "b m k"], Int[Array, "b m q"], dict[str, Float[Array, ""]]]
 
-LEVEL_ENTRIES, LEVEL_STEP = 256, 2.0**-8
+LEVEL_ENTRIES, LEVEL_STEP, LEVEL_PATHS = 256, 2.0**-8, 4
 COMMITMENT_WEIGHT, CODEBOOK_WEIGHT = 0.25, 1.0  # DAC's
 
 
@@ -125,7 +126,7 @@ class ResidualQuantizer(nn.Module):
 
 
 class LevelQuantizer(nn.Module):
-    """RVQ of levels: each of `num_stages` takes the nearest of 256 entries, which `fit_levels` made.
+    """RVQ of levels: a sum of one in 256 entries of each of `num_stages`, which `fit_levels` made.
 
     The number of an entry is `digits` codes of 256^(1/digits) values, the most significant first.
     """
@@ -141,13 +142,16 @@ class LevelQuantizer(nn.Module):
         self.places = self.base ** np.arange(self.digits)[::-1]
 
     def __call__(self, levels: Float[Array, "b m k"]) -> Int[Array, "b m q"]:
-        """Return the codes of all stages."""
-        left_over, codes = levels, []
+        """Return the codes of the nearest of the sums that were followed."""
+        left_over, codes = levels[:, :, None], jnp.zeros((*levels.shape[:2], 1, 0), jnp.int32)  # of each path
         for entries in self.codebook:
-            indices = _nearest(left_over, entries)
-            left_over = left_over - entries[indices]
-            codes.append(indices[..., None] // self.places % self.base)
-        return jnp.concatenate(codes, axis=-1)
+            errors = jnp.sum(left_over**2, axis=-1, keepdims=True) + _distances(left_over, entries)
+            _, best = jax.lax.top_k(-errors.reshape(*levels.shape[:2], -1), LEVEL_PATHS)
+            path, entry = (a[..., None] for a in jnp.divmod(best, LEVEL_ENTRIES))
+            left_over = jnp.take_along_axis(left_over, path, axis=2) - entries[entry[..., 0]]
+            codes = jnp.take_along_axis(codes, path, axis=2)
+            codes = jnp.concatenate([codes, entry // self.places % self.base], axis=-1)
+        return codes[:, :, 0]
 
     def dequantize(self, codes: Int[Array, "b m q"], num_codebooks: Kept = None) -> Float[Array, "b m k"]:
         """Return the sum of the entries whose codes are all there and kept."""
@@ -182,7 +186,12 @@ def fit_levels(levels: Float[Array, "n k"], num_stages: int) -> Float[Array, "s 
 
 def _nearest(vectors: Float[Array, "*b k"], entries: Float[Array, "e k"]) -> Int[Array, "*b"]:
     """Return the number of the entry at the least distance."""
-    return jnp.argmin(jnp.sum(entries**2, axis=-1) - 2 * vectors @ entries.T, axis=-1).astype(jnp.int32)
+    return jnp.argmin(_distances(vectors, entries), axis=-1).astype(jnp.int32)
+
+
+def _distances(vectors: Float[Array, "*b k"], entries: Float[Array, "e k"]) -> Float[Array, "*b e"]:
+    """Return the squared distance to each entry, less the vector's square."""
+    return jnp.sum(entries**2, axis=-1) - 2 * vectors @ entries.T
 
 
 def _unit(v: Float[Array, "... d"]) -> Float[Array, "... d"]:

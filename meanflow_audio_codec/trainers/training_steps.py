@@ -65,13 +65,18 @@ def codec_loss(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> L
     sampler, temperature = flow.SAMPLERS[config.objective.name]
     weight = _feature_weight(tokenizer, config)
 
-    def one_step_mel(params: Any, scale: Array, signal: Array, cond: Array, rng: PRNGKeyArray) -> Float[Array, ""]:
-        """Return the mel distance of what one evaluation makes of fresh noise."""
-        noise = jax.random.normal(jax.random.fold_in(rng, MEL_STREAM), (*cond.shape[:2], model.features))
-        x_hat = model.from_flow(sampler(_apply(model, params, "flow"), temperature * noise, cond, 1), cond)
-        decoded = from_tokens(x_hat, scale, tokenizer, config, signal.shape)
-        rows = [jnp.swapaxes(a, 1, 2).reshape(-1, signal.shape[1]) for a in (signal, decoded)]
-        return jnp.mean(spectral.mel_distance(*rows, config.input.sample_rate))
+    def one_step_mels(params: Any, scale: Array, signal: Array, cond: Array, rng: PRNGKeyArray) -> tuple[Array, Array]:
+        """Return the mel distance of what one evaluation makes of fresh noise, and that between two such samples."""
+        noise = jax.random.normal(jax.random.fold_in(rng, MEL_STREAM), (2 * len(cond), cond.shape[1], model.features))
+        twice = jnp.concatenate([cond, cond])
+        x_hat = model.from_flow(sampler(_apply(model, params, "flow"), temperature * noise, twice, 1), twice)
+        decoded = from_tokens(x_hat, scale, tokenizer, config, (len(twice), *signal.shape[1:]))
+        mels = lambda audio: spectral.log_mels(
+            jnp.swapaxes(audio, 1, 2).reshape(-1, audio.shape[1]), config.input.sample_rate
+        )
+        original, first, second = (mels(audio) for audio in (signal, *jnp.split(decoded, 2)))
+        distances = [spectral.mel_distance(original, sample) for sample in (first, second)]
+        return jnp.mean(jnp.stack(distances)), jnp.mean(spectral.mel_distance(first, second))
 
     def loss_fn(params: Any, scale: Array, batch: Batch, rng: PRNGKeyArray):
         x = to_tokens(signals(batch), scale, tokenizer, config)
@@ -85,9 +90,9 @@ def codec_loss(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> L
             loss += code_metrics["loss"]
         if config.objective.get("mel_weight"):
             scored = slice(_num_mel_rows(config.objective.mel_fraction, len(x)))
-            distance = one_step_mel(params, scale, signals(batch)[scored], cond[scored], rng)
-            loss += config.objective.mel_weight * distance
-            metrics["mel_distance"] = distance
+            distance, spread = one_step_mels(params, scale, signals(batch)[scored], cond[scored], rng)
+            loss += config.objective.mel_weight * (distance - spread / 2)
+            metrics |= {"mel_distance": distance, "mel_spread": spread}
         if "bits" in code_metrics and "sample_rate" in config.input:
             latent_rate = config.input.sample_rate / tokenizer.samples_per_token / model.downsample
             code_metrics["kbps"] = code_metrics["bits"] * model.num_codebooks * latent_rate / 1000

@@ -281,3 +281,19 @@ def test_each_level_stage_halves_what_is_left():
     for kept, bound in ((1, 0.35), (2, 0.15)):
         decoded = model.apply({"params": {"codebook": codebook}}, codes, kept, method="dequantize")
         assert np.std(decoded[0] - levels) < bound
+
+
+def test_level_sums_are_nearer_than_those_of_the_nearest_entries():
+    """Of vectors that the entries were not made from; and the codes are of that very sum."""
+    rng = np.random.default_rng(0)
+    fitted, fresh = jnp.asarray(rng.normal(size=(2, 4000, 8)), jnp.float32)
+    codebook = quantizers.fit_levels(fitted, 4)
+    model, params = quantizers.LevelQuantizer(num_stages=4, dim=8, digits=4), {"params": {"codebook": codebook}}
+    codes = model.apply(params, fresh[None])
+    assert codes.shape == (1, 4000, 16) and codes.min() >= 0 and codes.max() < 4
+    left_over = greedy = np.asarray(fresh, np.float64)
+    for stage, entries in enumerate(np.asarray(codebook)):
+        left_over = left_over - entries[np.asarray(codes[0, :, 4 * stage : 4 * stage + 4]) @ [64, 16, 4, 1]]
+        greedy = greedy - entries[np.argmin(((greedy[:, None] - entries) ** 2).sum(-1), axis=1)]
+    np.testing.assert_allclose(model.apply(params, codes, method="dequantize")[0], fresh - left_over, atol=1e-5)
+    assert np.std(left_over) < 0.95 * np.std(greedy)

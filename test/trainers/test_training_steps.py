@@ -176,22 +176,26 @@ def test_the_products_losses_are_logged_and_reach_every_parameter(run, config):
 
 
 def mel_of(run, mel_fraction):
-    """`(audio) -> mel_distance` of a batch, at that share of its clips."""
+    """`(audio) -> (loss, metrics)` of a batch, with the mel distance at that share of its clips."""
     _, _, state, _, tokenizer = run
     flags = (*TINY, "objective.mel_weight=1.0", f"objective.mel_fraction={mel_fraction}")
     config = override_from_flags(load_config(f"{CONFIG}:runlocal"), [f"--config.{flag}" for flag in flags])
     loss_fn = training_steps.codec_loss(CodecModel(features=8, **config.model), tokenizer, config)
     scale, rng = jnp.asarray(state.scale), jax.random.key(0)
-    loss = jax.jit(lambda audio: loss_fn(state.params, scale, {"audio": audio}, rng)[1])
-    return lambda audio: float(loss(audio)["mel_distance"])
+    return jax.jit(lambda audio: loss_fn(state.params, scale, {"audio": audio}, rng))
 
 
 def test_mel_distance_is_that_of_the_first_clips(run):
+    """And the loss takes half the spread, which fresh noise makes, from it."""
     _, _, _, batch, tokenizer = run
     audio = jnp.tile(batch["audio"][:4], (1, 40, 1))[:, : tokenizer.segment_samples(240)]
-    distance = mel_of(run, 0.5)
+    loss = mel_of(run, 0.5)
+    distance = lambda audio: float(loss(audio)[1]["mel_distance"])
     louder_second_half = audio.at[2:].multiply(2.0)
     assert distance(audio) == distance(louder_second_half) != distance(louder_second_half[::-1])
+    total, metrics = loss(audio)
+    assert 0 < metrics["mel_spread"] < 2 * metrics["mel_distance"]
+    np.testing.assert_allclose(total, metrics["loss"] + metrics["mel_distance"] - metrics["mel_spread"] / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mel_fraction", [0.1, 1.5])
