@@ -1,13 +1,13 @@
-"""The mel distance of evaluators/metrics.py as a loss: differentiable, jitted with the training step.
+"""The mel distance of evaluators/metrics.py for a loss: differentiable, jitted with the training step.
 
 It asks for the right level in every band at every resolution, and not for the waveform: what cannot be coded may be
 made up. Alone it must not train a flow's one-step sample: whatever is random in that makes the distance larger, so the
 network learns to ignore the noise, and what should be noise becomes a buzz that repeats with every frame. The energy
-distance of Gritsenko et al. (A Spectral Energy Distance for Parallel Speech Synthesis, arXiv 2008.01160, equation 4)
+distance (Gritsenko et al., A Spectral Energy Distance for Parallel Speech Synthesis, arXiv 2008.01160)
 
     E d(x, y) - E d(y, y') / 2,     y, y' of the same code with noise of their own,
 
-is least where y has the law of x, and then E d(y, y'), the spread, is E d(x, y).
+is least where the mels of y have the law of those of x, and then E d(y, y'), the spread, is E d(x, y).
 """
 
 import jax.numpy as jnp
