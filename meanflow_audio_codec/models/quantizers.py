@@ -173,7 +173,7 @@ def fit_levels(levels: Float[Array, "n k"], num_stages: int) -> Float[Array, "s 
         def move(entries: Array, _: None, vectors: Array = levels) -> tuple[Array, None]:
             members = jax.nn.one_hot(_nearest(vectors, entries), LEVEL_ENTRIES)
             count = members.sum(0)[:, None]
-            return jnp.where(count > 0, members.T @ vectors / jnp.maximum(count, 1), entries), None
+            return jnp.where(count > 0, _exact(members.T, vectors) / jnp.maximum(count, 1), entries), None
 
         start = jax.random.choice(jax.random.key(stage), levels, (LEVEL_ENTRIES,), replace=False)
         entries, _ = jax.lax.scan(move, start, length=20)
@@ -191,7 +191,10 @@ def _nearest(vectors: Float[Array, "*b k"], entries: Float[Array, "e k"]) -> Int
 
 def _distances(vectors: Float[Array, "*b k"], entries: Float[Array, "e k"]) -> Float[Array, "*b e"]:
     """Return the squared distance to each entry, less the vector's square."""
-    return jnp.sum(entries**2, axis=-1) - 2 * vectors @ entries.T
+    return jnp.sum(entries**2, axis=-1) - 2 * _exact(vectors, entries.T)
+
+
+_exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # not TF32, which GPUs take
 
 
 def _unit(v: Float[Array, "... d"]) -> Float[Array, "... d"]:
