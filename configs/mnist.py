@@ -74,6 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.time_sampler = "mixture"
     config.objective.P_mean = -0.4
     config.objective.P_std = 1.0
+    config.objective.hdudt_limit = 0.0
     config.objective.norm_p = 1.0
     config.objective.norm_eps = 0.01
 

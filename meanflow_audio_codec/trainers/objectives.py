@@ -29,13 +29,16 @@ progress shows in the raw errors, which are in the metrics. Over the many coeffi
 Delta_b^2 hardly varies about its mean and the weight leaves the optimum in place; over one or two
 it moves it from the mean towards a mode.
 
+Beside another loss of the same network the weight can lose (3) and (4): the farther du/dt runs away, the larger is
+Delta_b, and the less they pull. With `hdudt_limit` a row's h du/dt is at most so many times ||u||.
+
 With `weight` [f] the squares in Delta_b^2 count by the feature, the last axis: the optimum stays the same, what a small
 network and a short code are spent on does not.
 
 Every objective is `objective(u_fn, x, cond, rng, cfg) -> (loss, metrics)`. `cfg` has `norm_p` and
-`norm_eps`, and for the flows `time_sampler`, `P_mean`, `P_std`, `fm_fraction`. Times, residuals and
-losses are float32 whatever the network works in (float64 for float64 data). Gradients reach the
-network and `cond` through the primal u only.
+`norm_eps`, for the flows `time_sampler`, `P_mean`, `P_std`, `fm_fraction`, and for mean flows
+`hdudt_limit`, 0 for none. Times, residuals and losses are float32 whatever the network works in
+(float64 for float64 data). Gradients reach the network and `cond` through the primal u only.
 
 Metrics are scalars, finite where the residuals are, and an objective's keys never change. Errors
 are raw: unweighted means over coefficients, in units of x squared. `v_mse` is (2) over the r = t
@@ -130,7 +133,9 @@ def _mean_flow_loss(
     t = flow.sample_t(rng_t, n_fm, cfg)
     v_residual = _v_residual(u_fn, x[first], e[first], t, _rows(cond, first))
     t_mf, r_mf = flow.sample_t_r(rng_t_r, len(x) - n_fm, cfg)
-    u_residual, hdudt_over_u = _u_residual(u_fn, x[rest], e[rest], t_mf, r_mf, _rows(cond, rest), tangent)
+    u_residual, hdudt_over_u = _u_residual(
+        u_fn, x[rest], e[rest], t_mf, r_mf, _rows(cond, rest), tangent, cfg.hdudt_limit
+    )
 
     terms = jnp.concatenate([_weighted(v_residual, cfg, weight), _weighted(u_residual, cfg, weight)])
     metrics = {**_v_metrics(v_residual, t), "u_mse": _mean(u_residual**2), "hdudt_over_u": hdudt_over_u}
@@ -151,9 +156,9 @@ def _v_residual(u_fn: flow.UFn, x: Array, e: Array, t: Array, cond: Any) -> Arra
 
 
 def _u_residual(
-    u_fn: flow.UFn, x: Array, e: Array, t: Array, r: Array, cond: Any, tangent: Tangent
+    u_fn: flow.UFn, x: Array, e: Array, t: Array, r: Array, cond: Any, tangent: Tangent, limit: float
 ) -> tuple[Array, Array]:
-    """Equations (3) and (4), and ||h du/dt|| / ||u||."""
+    """Equations (3) and (4), and ||h du/dt|| / ||u|| before the limit."""
     if not len(x):
         return jnp.zeros_like(x), jnp.zeros((), x.dtype)
     v = e - x
@@ -163,6 +168,9 @@ def _u_residual(
     h_du_dt = flow.per_row(t - r, x) * jax.lax.stop_gradient(du_dt).astype(x.dtype)
     # The small number serves a zero-initialised network, where the ratio is 0 / 0.
     ratio = jnp.sqrt(jnp.sum(h_du_dt**2)) / (jnp.sqrt(jnp.sum(u**2)) + 1e-8)
+    if limit:
+        norms = [jnp.sqrt(jnp.sum(a**2, axis=tuple(range(1, x.ndim)), keepdims=True)) for a in (u, h_du_dt)]
+        h_du_dt *= jax.lax.stop_gradient(jnp.minimum(1.0, limit * norms[0] / (norms[1] + 1e-8)))
     return u + h_du_dt - v, ratio
 
 

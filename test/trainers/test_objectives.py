@@ -23,6 +23,7 @@ def config(**overrides):
         "P_mean": -0.4,
         "P_std": 1.0,
         "fm_fraction": 0.5,
+        "hdudt_limit": 0.0,
         "norm_p": 1.0,
         "norm_eps": 1e-2,
     }
@@ -82,7 +83,7 @@ def test_rows_with_a_derivative_become_flow_matching_at_r_equal_t(mlp, problem, 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, cond)
 
     v_rows = sum_of_squares(lambda u_fn, cond: objectives._v_residual(u_fn, x, e, t, cond))
-    u_rows = sum_of_squares(lambda u_fn, cond: objectives._u_residual(u_fn, x, e, t, t, cond, tangent)[0])
+    u_rows = sum_of_squares(lambda u_fn, cond: objectives._u_residual(u_fn, x, e, t, t, cond, tangent, 0.0)[0])
     assert_trees_equal(v_rows, u_rows)
 
 
@@ -105,11 +106,11 @@ def test_residuals_are_the_published_ones(x64, mlp, problem):
         return (ahead - behind) / (2 * d)
 
     u_tgt = v - h * derivative(v)
-    residual, _ = objectives._u_residual(u_fn, x, e, t, r, cond, objectives._conditional_velocity)
+    residual, _ = objectives._u_residual(u_fn, x, e, t, r, cond, objectives._conditional_velocity, 0.0)
     np.testing.assert_allclose(residual, u_fn(z, t, r, cond) - u_tgt, atol=1e-7)
 
     V = u_fn(z, t, r, cond) + h * derivative(u_fn(z, t, t, cond))
-    residual, _ = objectives._u_residual(u_fn, x, e, t, r, cond, objectives._boundary_velocity)
+    residual, _ = objectives._u_residual(u_fn, x, e, t, r, cond, objectives._boundary_velocity, 0.0)
     np.testing.assert_allclose(residual, V - v, atol=1e-7)
 
 
@@ -199,6 +200,22 @@ def test_adaptive_weight_by_hand(norm_p):
     weight = (delta2 + 0.3) ** -norm_p
     np.testing.assert_allclose(loss(cond), (weight * delta2).mean(), rtol=1e-5)
     np.testing.assert_allclose(jax.grad(loss)(cond), 2 * weight[:, None, None] * residual / 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MEAN_FLOWS)
+def test_a_derivative_that_ran_away_counts_as_so_many_times_u(name):
+    x, cfg = jax.random.normal(key(), (64, 5)), config(fm_fraction=0.0, hdudt_limit=1.5)
+    u_fn = lambda z, t, r, cond: jnp.broadcast_to(2 + jnp.sin(9 * t)[:, None], z.shape)
+    _, metrics = OBJECTIVES[name](u_fn, x, None, key(1), cfg)
+
+    _, e, _, rng_t_r = objectives._draw(key(1), x)
+    t, r = (np.asarray(a)[:, None] for a in flow.sample_t_r(rng_t_r, 64, cfg))
+    u, h_du_dt = 2 + np.sin(9 * t), (t - r) * 9 * np.cos(9 * t)
+    limited = np.clip(h_du_dt, -1.5 * u, 1.5 * u)
+    assert 0 < (limited != h_du_dt).sum() < 64
+    np.testing.assert_allclose(metrics["u_mse"], np.mean((u + limited - np.asarray(e - x)) ** 2), rtol=1e-5)
+    ratio = np.sqrt(np.sum(h_du_dt**2) / np.sum(u**2))
+    np.testing.assert_allclose(metrics["hdudt_over_u"], ratio, rtol=1e-5)  # as it is, for the log to warn
 
 
 # --- rows

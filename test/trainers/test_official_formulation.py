@@ -167,7 +167,7 @@ def jax_network(w, output, head="u"):
 
 def config(**overrides):
     # norm_eps is large, so that its place in the weight is seen.
-    return SimpleNamespace(**({"fm_fraction": 0.5, "norm_p": 1.0, "norm_eps": 0.3} | overrides))
+    return SimpleNamespace(**({"fm_fraction": 0.5, "hdudt_limit": 0.0, "norm_p": 1.0, "norm_eps": 0.3} | overrides))
 
 
 def problem(bits):
