@@ -169,8 +169,8 @@ def _u_residual(
     # The small number serves a zero-initialised network, where the ratio is 0 / 0.
     ratio = jnp.sqrt(jnp.sum(h_du_dt**2)) / (jnp.sqrt(jnp.sum(u**2)) + 1e-8)
     if limit:
-        norms = [jnp.sqrt(jnp.sum(a**2, axis=tuple(range(1, x.ndim)), keepdims=True)) for a in (u, h_du_dt)]
-        h_du_dt *= jax.lax.stop_gradient(jnp.minimum(1.0, limit * norms[0] / (norms[1] + 1e-8)))
+        size, of_u = (jnp.sqrt(jnp.sum(a**2, axis=tuple(range(1, x.ndim)), keepdims=True)) for a in (h_du_dt, u))
+        h_du_dt *= jax.lax.stop_gradient(jnp.minimum(1.0, limit * of_u / (size + 1e-8)))
     return u + h_du_dt - v, ratio
 
 
