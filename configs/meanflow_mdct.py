@@ -75,11 +75,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.fsq_levels = 4
     config.model.num_quantizers = 16  # of rvq
     config.model.codebook_size = 256
-    config.model.quantizer_dropout = 0.0  # share of the clips that train with fewer codebooks
+    config.model.quantizer_dropout = 0.0  # share of the clips that train at a lower bitrate
     config.model.latent_dim = 64
     config.model.downsample = 2
-    config.model.level_stages = 0  # of 8 bits, for the level of each band and frame apart; 0: the latents must say it
-    config.model.neighbour_share = 0.0  # of what a code of level_stages says, that is expected of its neighbours
+    config.model.level_stages = 12  # of gain_shape, 8 bits each, for the levels of a latent
+    config.model.max_bits = 1024  # of gain_shape, a latent at most, with those of the levels
     config.model.window = 32  # frames that a block of the mixer or transformer sees
     config.model.times = "t_h"
     config.model.time_scale = 1.0
@@ -123,7 +123,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         seconds=seconds,
         nfe=nfe,
         autoencoder="",
-        num_codebooks=(),  # to decode at lower bitrates too, by the first so many codebooks
+        kept=(),  # to decode at lower bitrates too: codebooks, the first ones, or of gain_shape bits a latent
         **when,
     )
     config.evals.samples = dict(type="sampling", num_clips=4, seconds=seconds, nfe=nfe, **when)

@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.fsq_levels = 8
     config.model.num_quantizers = 3  # of rvq
     config.model.codebook_size = 256
-    config.model.quantizer_dropout = 0.0  # share of the clips that train with fewer codebooks
+    config.model.quantizer_dropout = 0.0  # share of the clips that train at a lower bitrate
     config.model.latent_dim = 8
     config.model.downsample = 8 if arg.tokens == "mdct" else 7
     config.model.window = 8  # an image's frames

@@ -50,14 +50,14 @@ def batches_of(batch: dict[str, np.ndarray], size: int) -> Iterator[tuple[np.nda
 
 
 def decode(
-    context: Context, state: Any, batch: dict[str, np.ndarray], nfe: int, num_codebooks: int | None = None
+    context: Context, state: Any, batch: dict[str, np.ndarray], nfe: int, kept: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the decoded signals [n, s, c] of all examples, and the squared error of each one's tokens [n].
 
-    The first `num_codebooks` are decoded, all if None.
+    `kept` is how much of the code is decoded, all if None.
     """
     reconstruct = context.predict_fns["reconstruct"]
-    kept = () if num_codebooks is None else (num_codebooks,)  # None would be a second program
+    kept = () if kept is None else (kept,)  # None would be a second program
     parts = [
         jax.device_get(reconstruct(state, rows, seeds, nfe, *kept))
         for seeds, rows in batches_of(batch, context.batch_size)

@@ -18,7 +18,7 @@ class Evaluator:
 
     `autoencoder`, unless empty, is the workdir of the autoencoder rung on the same data and codes: its newest error is
     the denominator of `mse_ratio`, 2 for a perfect sampler of the posterior, below 2 for one that is too sure.
-    `num_codebooks` are lower bitrates to decode at besides that of all codebooks.
+    `kept` are lower bitrates to decode at besides the most: codebooks, or with gain_shape bits a latent.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class Evaluator:
         seconds: float,
         nfe: tuple[int, ...],
         autoencoder: str,
-        num_codebooks: tuple[int, ...] = (),
+        kept: tuple[int, ...] = (),
     ):
-        self._context, self._nfe, self._kept = context, nfe, (None, *num_codebooks)
+        self._context, self._nfe, self._kept = context, nfe, (None, *kept)
         self._clips, _ = context.examples(num_clips, seconds)
         self._autoencoder_mse = _newest_mse(autoencoder) if autoencoder else None
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
-        """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels; reconstruction_n/ by n codebooks."""
+        """Yield reconstruction/<metric>_nfe<k>, the mean over clips and channels; reconstruction_n/ where n is kept."""
         for nfe, kept in itertools.product(self._nfe, self._kept):
             group = "reconstruction" if kept is None else f"reconstruction_{kept}"
             decoded, errors = decode(self._context, state, self._clips, nfe, kept)

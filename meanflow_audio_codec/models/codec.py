@@ -3,9 +3,9 @@
     x [b, l, f] -> encode -> codes [b, l / downsample, q] -> upsample -> cond [b, l, d]      once per clip
     z, t, r, cond -> flow -> u [b, l, f]                                                      once per evaluation
 
-With `level_stages` the code is that of gain and shape (gain_shape.py): the levels of the bands, then the coefficients
-of which most is open. It needs no network, and a latent is what it says of its tokens. The flow is that of what the
-code leaves open, divided by the deviation that it has: the noise that decoding starts from has the right level in every
+The quantizer "gain_shape" is a code of another kind (gain_shape.py): the levels of the bands, then in which cell each
+coefficient lies. It needs no network, and a latent is what it says of its tokens. The flow is that of what the code
+leaves open, divided by the deviation that it has: the noise that decoding starts from has the right level in every
 coefficient before anything is learned.
 
 In place of the code the decoder may be given a class label, or nothing: `conditioning` "label" and "none" make it the
@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models import layers, quantizers
 from meanflow_audio_codec.models.conv_flow import ConvFlow
-from meanflow_audio_codec.models.gain_shape import DEPTH, GainShape, Said
+from meanflow_audio_codec.models.gain_shape import CELLS, STEPS, GainShape
 from meanflow_audio_codec.models.mixer_flow import MixerFlow
 from meanflow_audio_codec.models.mlp_flow import MlpFlow
 from meanflow_audio_codec.models.transformer_flow import TransformerFlow
@@ -109,13 +109,17 @@ class FrameNet(nn.Module):
 class CodecModel(nn.Module):
     """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
 
-    With `level_stages` the flow's data are `to_flow(x, cond)`: x but for what the code says of it. `latent_dim` is then
-    how many codes there are beside the levels'; a latent, and the end of `cond`, are what is known of the coefficients
-    over their gain, the deviation that this leaves, and the levels.
+    With the quantizer "gain_shape" the flow's data are `to_flow(x, cond)`: x but for what the code says of it. A latent,
+    and the end of `cond`, are then what is known of the coefficients over their gain, the deviation that this leaves, and
+    the levels. Its codes are the step of the cells' width, those of the levels, and each coefficient's cell, of 256
+    values each; to be entropy coded.
+
+    How much of a code is kept, `kept` below, is a number of codebooks, the first ones, or with "gain_shape" how many bits
+    its latents take on the mean. One number for all clips, or one for each; None: all.
     """
 
     features: int
-    bands: tuple[int, ...] = ()  # of each feature, as the tokenizer says; `level_stages` needs them
+    bands: tuple[int, ...] = ()  # of each feature, as the tokenizer says; gain_shape needs them
     variant: str = "Ti"
     backbone: str = "conv"
     output: str = "x"
@@ -127,8 +131,8 @@ class CodecModel(nn.Module):
     quantizer_dropout: float = 0.0
     latent_dim: int = 64
     downsample: int = 2
-    level_stages: int = 0  # of 8 bits a latent
-    neighbour_share: float = 0.0  # see gain_shape.py
+    level_stages: int = 12  # of gain_shape, of 8 bits a latent each
+    max_bits: int = 1024  # of gain_shape, a latent, the levels' included
     window: int = 32  # frames that a block of the mixer mixes; to each side, that one of the transformer attends to
     times: str = "t_h"
     time_scale: float = 1.0
@@ -142,13 +146,13 @@ class CodecModel(nn.Module):
             ("output", self.output, ("x", "u")),
             ("conditioning", self.conditioning, ("latent", "label", "none")),
             ("times", self.times, ("t_h", "h")),
-            ("quantizer", self.quantizer, ("fsq", "rvq", "none")),
+            ("quantizer", self.quantizer, ("fsq", "rvq", "gain_shape", "none")),
             ("dtype", self.dtype, ("float32", "bfloat16")),
         ):
             if value not in known:
                 raise InputError(f"model.{field} is {value!r}; choose one of {', '.join(known)}")
         least = {"fsq_levels": 2, "num_quantizers": 1, "codebook_size": 2}
-        least |= {"latent_dim": 1, "downsample": 1, "window": 2}
+        least |= {"latent_dim": 1, "downsample": 1, "level_stages": 1, "window": 2}
         for field, bound in least.items():
             if getattr(self, field) < bound:
                 raise InputError(f"model.{field} is {getattr(self, field)}; choose {bound} or more")
@@ -156,18 +160,18 @@ class CodecModel(nn.Module):
             raise InputError(f"model.quantizer_dropout is {self.quantizer_dropout}; choose a share from 0 to 1")
         if self.quantizer == "none" and self.quantizer_dropout:
             raise InputError("model.quantizer_dropout: quantizer 'none' has no codebooks to drop; choose fsq or rvq")
-        if self.level_stages:
+        if self.has_levels:
             self._check_levels()
             dim = self.downsample * self.gain_shape.num_bands
-            self.level_quantizer = quantizers.LevelQuantizer(self.level_stages, dim, self._level_digits)
+            self.level_quantizer = quantizers.LevelQuantizer(self.level_stages, dim)
         size, dtype = VARIANTS[self.variant], jnp.dtype(self.dtype)
         width, side = size["width"], size["side_depth"]
-        if self.level_stages:
+        if self.has_levels:
             self.upsampler = FrameNet(width, side, dtype)
         else:
             self.upsampler = Upsampler(width, side, self.downsample, dtype)
         if self.conditioning == "latent":
-            if not self.level_stages:
+            if not self.has_levels:
                 self.encoder = Encoder(width, side, self.downsample, self.latent_dim, dtype)
             if self.quantizer == "rvq":
                 self.rvq = quantizers.ResidualQuantizer(self.num_quantizers, self.codebook_size, self.latent_dim)
@@ -177,65 +181,68 @@ class CodecModel(nn.Module):
         self.decoder = backbone(width, size["depth"], self.window, self.times, self.time_scale, dtype)
 
     @property
+    def has_levels(self) -> bool:
+        """Whether the code is that of gain and shape."""
+        return self.quantizer == "gain_shape"
+
+    @property
     def num_codebooks(self) -> int:
-        """Integers in the code of a latent: of the levels, then one for each dimension (fsq) or quantizer (rvq)."""
-        shape = {"fsq": self.latent_dim, "rvq": self.num_quantizers, "none": 0}[self.quantizer]
-        return self.num_level_codebooks + shape
-
-    @property
-    def num_level_codebooks(self) -> int:
-        """How many of them are the levels', the first ones."""
-        return self.level_stages * self._level_digits if self.level_stages else 0
-
-    @property
-    def gain_shape(self) -> GainShape:
-        """What the code says of the coefficients."""
-        return GainShape(self.bands, self.downsample, self.latent_dim, self.fsq_levels, self.neighbour_share)
-
-    @property
-    def _level_digits(self) -> int:
-        return round(math.log(quantizers.LEVEL_ENTRIES, max(2, self.cardinality)))
-
-    def _check_levels(self) -> None:
-        if self.conditioning != "latent" or self.quantizer != "fsq":
-            raise InputError("model.level_stages: levels are part of a code; choose conditioning latent, quantizer fsq")
-        if self.cardinality not in (2, 4, 16):  # whose powers are the numbers of entries and cells
-            raise InputError(
-                f"model.level_stages: codes of {self.cardinality} values cannot spell {quantizers.LEVEL_ENTRIES} "
-                "entries of levels in a few digits; choose 2, 4 or 16 for fsq_levels"
-            )
-        if not 0 <= self.neighbour_share <= 1:
-            raise InputError(f"model.neighbour_share is {self.neighbour_share}; choose a share from 0 to 1")
-        most = DEPTH * self.downsample * self.features
-        if self.latent_dim > most:
-            raise InputError(
-                f"model.latent_dim is {self.latent_dim}; with level_stages choose up to {most}, all there is"
-            )
+        """Integers in the code of a latent: one for each dimension (fsq), quantizer (rvq), or all of gain and shape."""
+        shape = 1 + self.level_stages + self.downsample * self.features
+        return {"fsq": self.latent_dim, "rvq": self.num_quantizers, "gain_shape": shape, "none": 0}[self.quantizer]
 
     @property
     def cardinality(self) -> int:
         """Values that each of them may have: 0 to cardinality - 1."""
-        return {"fsq": self.fsq_levels, "rvq": self.codebook_size, "none": 1}[self.quantizer]
+        return {"fsq": self.fsq_levels, "rvq": self.codebook_size, "gain_shape": STEPS, "none": 1}[self.quantizer]
 
     @property
-    def bitrate_steps(self) -> tuple[int, ...]:
-        """Numbers of codebooks that quantizer dropout keeps: the levels', then up to 8 even steps more; of rvq each."""
-        count = self.num_codebooks - self.num_level_codebooks
-        steps = min(8, count) if self.quantizer == "fsq" else count
-        first = 0 if self.level_stages else 1
-        return tuple(self.num_level_codebooks - (-step * count // steps) for step in range(first, steps + 1))
+    def level_bits(self) -> int:
+        """Bits that the levels of gain and shape take: the least that a latent can do with."""
+        return 8 * self.level_stages
+
+    @property
+    def kept_range(self) -> tuple[int, int]:
+        """Bounds of `kept`."""
+        return (self.level_bits, self.max_bits) if self.has_levels else (1, self.num_codebooks)
+
+    @property
+    def bits(self) -> float:
+        """Bits that a latent takes at most, before entropy coding where its codebooks are of one size."""
+        return self.max_bits if self.has_levels else self.num_codebooks * math.log2(self.cardinality)
+
+    @property
+    def gain_shape(self) -> GainShape:
+        """What the code of gain and shape says of the coefficients."""
+        return GainShape(self.bands, self.downsample)
+
+    def _check_levels(self) -> None:
+        if self.conditioning != "latent":
+            raise InputError("model.quantizer: gain_shape is a code; choose conditioning latent")
+        if self.max_bits <= self.level_bits:
+            raise InputError(
+                f"model.max_bits is {self.max_bits}, which {self.level_stages} level_stages take; choose more than"
+                f" {self.level_bits}"
+            )
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """How much quantizer dropout keeps: up to 8 even steps, of rvq each codebook, of gain_shape also the levels."""
+        least, most = self.kept_range if self.has_levels else (0, self.num_codebooks)
+        steps = most if self.quantizer == "rvq" else min(8, most)
+        return tuple(least - (-i * (most - least) // steps) for i in range(0 if self.has_levels else 1, steps + 1))
 
     @property
     def _side_context(self) -> int:
         """Tokens to each side that the blocks of the upsampler see, and those of an encoder."""
         side = VARIANTS[self.variant]["side_depth"]
-        before, after = (side, 0) if self.level_stages else (side // 2, side - side // 2)
+        before, after = (side, 0) if self.has_levels else (side // 2, side - side // 2)
         return layers.Block.kernel_size // 2 * (before + self.downsample * after)
 
     @property
     def encoder_context(self) -> int:
         """Tokens to each side that a code depends on."""
-        return self.downsample - 1 + (0 if self.level_stages else self._side_context)
+        return self.downsample - 1 + (0 if self.has_levels else self._side_context)
 
     def decoder_context(self, nfe: int) -> int:
         """Tokens to each side whose codes and noise a token depends on, decoded by `nfe` evaluations."""
@@ -244,21 +251,24 @@ class CodecModel(nn.Module):
         return self.downsample - 1 + self._side_context + nfe * decoder.context
 
     def encode(
-        self, x: Float[Array, "b l f"], num_codebooks: quantizers.Kept = None
+        self, x: Float[Array, "b l f"], kept: quantizers.Kept = None
     ) -> tuple[Float[Array, "b m k"], Int[Array, "b m q"], dict[str, Any]]:
         """Return quantized latents, their codes and the quantizer's metrics; m = l / downsample.
 
-        `num_codebooks` are kept in the latents, for all clips or for each; None: all. The codes are of all codebooks.
+        Of fsq and rvq the codes are of all codebooks, also where the latents know `kept` of them.
         """
-        self._check_kept(num_codebooks)
-        if not self.level_stages:
-            return self._encode_latents(x, num_codebooks)
-        level_codes = self.level_quantizer(self.gain_shape.levels(x))
+        self._check_kept(kept)
+        if not self.has_levels:
+            return self._encode_latents(x, kept)
+        level_codes = self.level_codes(x)
         levels = self.level_quantizer.dequantize(level_codes)
-        said = self.gain_shape.encode(x, levels)
-        codes = jnp.concatenate([level_codes, said.codes], axis=-1)
-        latents = self._shape_latents(said, self.level_quantizer.dequantize(level_codes, num_codebooks), num_codebooks)
-        return latents, codes, quantizers.code_metrics(codes, self.cardinality)
+        bits = jnp.broadcast_to(jnp.asarray(self.max_bits if kept is None else kept), (len(x),))
+        step = self.gain_shape.step_for(levels, bits - self.level_bits)
+        q = self.gain_shape.quantize(x, levels, step)
+        metrics = quantizers.code_metrics(level_codes, quantizers.LEVEL_ENTRIES)
+        bits = self.level_stages * metrics["bits"] + jnp.mean(self.gain_shape.bits(levels, step))
+        metrics["bits"] = bits / self.num_codebooks
+        return self._shape_latents(q, levels, step), self.join_codes(step, level_codes, q), metrics
 
     def _encode_latents(self, x: Float[Array, "b l f"], kept: quantizers.Kept) -> quantizers.Quantized:
         latents = self.encoder(x)
@@ -268,31 +278,45 @@ class CodecModel(nn.Module):
             return self.rvq(latents, kept)
         return quantizers.fsq(latents, self.fsq_levels, kept)
 
-    def dequantize(self, codes: Int[Array, "b m q"], num_codebooks: int | None = None) -> Float[Array, "b m k"]:
-        """Return the quantized latents of the first `num_codebooks` of `codes`, of all that are given if None."""
-        self._check_kept(num_codebooks)
+    def level_codes(self, x: Float[Array, "b l f"]) -> Int[Array, "b m s"]:
+        """Return the codes of the levels of gain and shape."""
+        return self.level_quantizer(self.gain_shape.levels(x))
+
+    def shape_codes(
+        self, x: Float[Array, "b l f"], level_codes: Int[Array, "b m s"], step: Int[Array, "b m"]
+    ) -> Int[Array, "b m q"]:
+        """Return the codes of gain and shape of x, for which `level_codes` are, at a step of the cells' width."""
+        q = self.gain_shape.quantize(x, self.level_quantizer.dequantize(level_codes), step)
+        return self.join_codes(step, level_codes, q)
+
+    def join_codes(
+        self, step: Int[Array, "b m"], level_codes: Int[Array, "b m s"], q: Int[Array, "b l f"]
+    ) -> Int[Array, "b m q"]:
+        """Return the step, the levels' codes and the cells as one code."""
+        return jnp.concatenate([step[..., None], level_codes, q.reshape(*step.shape, -1) + CELLS - 1], axis=-1)
+
+    def dequantize(self, codes: Int[Array, "b m q"]) -> Float[Array, "b m k"]:
+        """Return the quantized latents of `codes`; of fsq and rvq the first codebooks will do."""
         if self.quantizer == "none":
-            raise InputError("model.quantizer is 'none': there are no codes to decode; train with fsq or rvq")
-        codes = codes[..., :num_codebooks]
-        if self.level_stages:
-            level_codes, codes = codes[..., : self.num_level_codebooks], codes[..., self.num_level_codebooks :]
-            levels = self.level_quantizer.dequantize(level_codes)
-            return self._shape_latents(self.gain_shape.decode(codes, levels), levels)
+            raise InputError("model.quantizer is 'none': there are no codes to decode; train with another")
+        if self.has_levels:
+            step, level_codes, q = jnp.split(codes, [1, 1 + self.level_stages], axis=-1)
+            q = q.reshape(len(codes), -1, self.features) - (CELLS - 1)
+            return self._shape_latents(q, self.level_quantizer.dequantize(level_codes), step[..., 0])
         if self.quantizer == "rvq":
             return self.rvq.dequantize(codes)
         unsent = self.latent_dim - codes.shape[-1]
         return jnp.pad(quantizers.fsq_dequantize(codes, self.fsq_levels), ((0, 0), (0, 0), (0, unsent)))
 
     def _shape_latents(
-        self, said: Said, levels: Float[Array, "b m n"], num_codebooks: quantizers.Kept = None
+        self, q: Int[Array, "b l f"], levels: Float[Array, "b m n"], step: Int[Array, "b m"]
     ) -> Float[Array, "b m k"]:
-        kept = None if num_codebooks is None else num_codebooks - self.num_level_codebooks
-        parts = (*self.gain_shape.known(said, kept), levels)
+        parts = (*self.gain_shape.known(q, levels, step), levels)
         return jnp.concatenate([a.reshape(*levels.shape[:2], -1) for a in parts], axis=-1)
 
     def condition_on(self, latents: Float[Array, "b m k"]) -> Float[Array, "b l d"]:
         """Return what quantized latents tell the decoder; l = m * downsample."""
-        if not self.level_stages:
+        if not self.has_levels:
             return self.upsampler(latents)
         b, m, _ = latents.shape
         size = self.downsample * self.features
@@ -301,15 +325,15 @@ class CodecModel(nn.Module):
         return jnp.concatenate([self.upsampler(said), said], axis=-1)
 
     def to_flow(self, x: Float[Array, "b l f"], cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
-        """Return the flow's data w: x itself, or with `level_stages` what the code leaves open, over its deviation."""
-        if not self.level_stages:
+        """Return the flow's data w: x itself, or with gain_shape what the code leaves open, over its deviation."""
+        if not self.has_levels:
             return x
         known, deviation, gain = self._said(cond)
         return (x / gain - known) / deviation
 
     def from_flow(self, w: Float[Array, "b l f"], cond: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
         """Return x, the inverse of `to_flow`."""
-        if not self.level_stages:
+        if not self.has_levels:
             return w
         known, deviation, gain = self._said(cond)
         return gain * (known + deviation * w)
@@ -321,12 +345,12 @@ class CodecModel(nn.Module):
         return [known, deviation, self.gain_shape.gain(levels)]
 
     def condition(
-        self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None, num_codebooks: quantizers.Kept = None
+        self, x: Float[Array, "b l f"], label: Int[Array, "b"] | None = None, kept: quantizers.Kept = None
     ) -> tuple[Float[Array, "b l d"], dict[str, Any]]:
         """Return what the decoder may know: the upsampled code of x, or its label, with the quantizer's metrics."""
         metrics = {}
         if self.conditioning == "latent":
-            latents, _, metrics = self.encode(x, num_codebooks)
+            latents, _, metrics = self.encode(x, kept)
         elif self.conditioning == "label":
             if label is None:
                 raise InputError("model.conditioning is 'label', but this data has no labels; choose latent or none")
@@ -337,12 +361,12 @@ class CodecModel(nn.Module):
         latents = jnp.broadcast_to(latents, (len(x), x.shape[1] // self.downsample, latents.shape[-1]))
         return self.condition_on(latents), metrics
 
-    def _check_kept(self, num_codebooks: quantizers.Kept) -> None:
+    def _check_kept(self, kept: quantizers.Kept) -> None:
         """Refuse a number that the model does not have, where it is known before the program runs."""
-        if isinstance(num_codebooks, int) and not 1 <= num_codebooks <= self.num_codebooks:
-            raise InputError(
-                f"num_codebooks={num_codebooks}: this model has {self.num_codebooks}; choose 1 or more of them"
-            )
+        least, most = self.kept_range
+        if isinstance(kept, int) and not least <= kept <= most:
+            what = "bits a latent" if self.has_levels else "codebooks"
+            raise InputError(f"kept={kept}: this model has {least} to {most} {what}; choose a number in between")
 
     def flow(
         self,

@@ -10,17 +10,17 @@ DAC vectors and entries have length 1 (Yu et al., arXiv 2110.04627), and the com
 over the codebooks, not sums. At first the decoder is deaf to the code, for its gates are zero, and its loss, divided by
 itself, has small gradients: a stronger pull collapses all vectors onto one entry before the decoder listens.
 
-Several bitrates from one model: every quantizer takes `num_codebooks`, how many are kept, the first ones; one number
-for all clips, or one for each. The codes are always those of all codebooks; of the kept ones they do not depend on how
-many are kept. Without the others a dimension of FSQ is 0, which says "not sent" (an even number of levels has no 0),
-and RVQ sums fewer terms. Training on a random number of them (`draw_num_codebooks`) is quantizer dropout.
+Several bitrates from one model: both take `num_codebooks`, how many are kept, the first ones; one number for all
+clips, or one for each. The codes are always those of all codebooks; of the kept ones they do not depend on how many are
+kept. Without the others a dimension of FSQ is 0, which says "not sent" (an even number of levels has no 0), and RVQ
+sums fewer terms. Training on a random number of them (`draw_kept`) is quantizer dropout.
 
 Levels, the RMS of each band in dB or nepers, are worth a quantizer of their own (`LevelQuantizer`), as in codecs since
 CELT (RFC 6716): noise of the right level in every band and frame is half of the way to the sound, and a network that
 has to find that out needs thousands of steps for it. Theirs is an RVQ by plain distance, whose entries are fitted to
-training data before the first step and stay; each entry's number is spelt in codes of the other quantizer's values. The
-nearest entry of each stage rarely makes the nearest sum: the best `LEVEL_PATHS` sums are followed from stage to stage.
-The entries are multiples of `LEVEL_STEP`, so that their sums are exact in any order.
+training data before the first step and stay. The nearest entry of each stage rarely makes the nearest sum: the best
+`LEVEL_PATHS` sums are followed from stage to stage. The entries are multiples of `LEVEL_STEP`, so that their sums are
+exact in any order.
 
 Metrics are scalars over the batch and all codebooks: `bits` and `perplexity`, the mean over codebooks of the entropy H
 of an index and of 2^H; `usage`, the share of the entries that occur; of RVQ also `loss`, to be added to the training
@@ -126,20 +126,14 @@ class ResidualQuantizer(nn.Module):
 
 
 class LevelQuantizer(nn.Module):
-    """RVQ of levels: a sum of one in 256 entries of each of `num_stages`, which `fit_levels` made.
-
-    The number of an entry is `digits` codes of 256^(1/digits) values, the most significant first.
-    """
+    """RVQ of levels: a sum of one in 256 entries of each of `num_stages`, which `fit_levels` made."""
 
     num_stages: int
     dim: int
-    digits: int
 
     def setup(self):
         shape = (self.num_stages, LEVEL_ENTRIES, self.dim)
         self.codebook = jax.lax.stop_gradient(self.param("codebook", nn.initializers.normal(1.0), shape))
-        self.base = round(LEVEL_ENTRIES ** (1 / self.digits))
-        self.places = self.base ** np.arange(self.digits)[::-1]
 
     def __call__(self, levels: Float[Array, "b m k"]) -> Int[Array, "b m q"]:
         """Return the codes of the nearest of the sums that were followed."""
@@ -149,19 +143,12 @@ class LevelQuantizer(nn.Module):
             _, best = jax.lax.top_k(-errors.reshape(*levels.shape[:2], -1), LEVEL_PATHS)
             path, entry = (a[..., None] for a in jnp.divmod(best, LEVEL_ENTRIES))
             left_over = jnp.take_along_axis(left_over, path, axis=2) - entries[entry[..., 0]]
-            codes = jnp.take_along_axis(codes, path, axis=2)
-            codes = jnp.concatenate([codes, entry // self.places % self.base], axis=-1)
+            codes = jnp.concatenate([jnp.take_along_axis(codes, path, axis=2), entry], axis=-1)
         return codes[:, :, 0]
 
-    def dequantize(self, codes: Int[Array, "b m q"], num_codebooks: Kept = None) -> Float[Array, "b m k"]:
-        """Return the sum of the entries whose codes are all there and kept."""
-        kept = first_kept(codes.shape[-1] if num_codebooks is None else num_codebooks, codes.shape[-1])
-        levels = jnp.zeros((*codes.shape[:2], self.dim))
-        for stage in range(codes.shape[-1] // self.digits):
-            first, last = stage * self.digits, (stage + 1) * self.digits - 1
-            indices = jnp.sum(codes[..., first : last + 1] * self.places, axis=-1)
-            levels += jnp.where(kept[:, last, None, None], self.codebook[stage, indices], 0.0)
-        return levels
+    def dequantize(self, codes: Int[Array, "b m q"]) -> Float[Array, "b m k"]:
+        """Return the sum of the entries."""
+        return jnp.sum(self.codebook[np.arange(self.num_stages), codes], axis=2)
 
 
 @functools.partial(jax.jit, static_argnames="num_stages")
@@ -178,7 +165,7 @@ def fit_levels(levels: Float[Array, "n k"], num_stages: int) -> Float[Array, "s 
         start = jax.random.choice(jax.random.key(stage), levels, (LEVEL_ENTRIES,), replace=False)
         entries, _ = jax.lax.scan(move, start, length=20)
         entries = jnp.round(entries / LEVEL_STEP) * LEVEL_STEP
-        entries = entries[jnp.argsort(entries.mean(axis=1))]  # by loudness: of the digits the first says most
+        entries = entries[jnp.argsort(entries.mean(axis=1))]  # by loudness
         levels = levels - entries[_nearest(levels, entries)]
         codebook.append(entries)
     return jnp.stack(codebook)
@@ -201,8 +188,8 @@ def _unit(v: Float[Array, "... d"]) -> Float[Array, "... d"]:
     return v * jax.lax.rsqrt(jnp.sum(v**2, axis=-1, keepdims=True) + 1e-12)
 
 
-def draw_num_codebooks(rng: PRNGKeyArray, rows: int, choices: tuple[int, ...], dropout: float) -> Int[Array, "rows"]:
-    """Draw how many codebooks each clip keeps: with probability `dropout` any of `choices`, else the last of them."""
+def draw_kept(rng: PRNGKeyArray, rows: int, choices: tuple[int, ...], dropout: float) -> Int[Array, "rows"]:
+    """Draw how much of its code each clip keeps: with probability `dropout` any of `choices`, else the last of them."""
     rng_drop, rng_choice = jax.random.split(rng)
     drawn = jax.random.choice(rng_choice, jnp.array(choices), (rows,))
     return jnp.where(jax.random.uniform(rng_drop, (rows,)) < dropout, drawn, choices[-1])

@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         features = tokenizer.num_features(source.segment[1])
         bands = tuple(tokenizer.bands(source.segment[1], source.sample_rate).tolist())
         model = CodecModel(features=features, bands=bands, **_checked_fields("model", CodecModel, config.model))
-        _check_num_codebooks(config, model)
+        _check_kept(config, model)
         loss_fn = training_steps.codec_loss(model, tokenizer, config)
         predict_fns = training_steps.codec_predict_fns(model, tokenizer, config)
         example = (jnp.zeros((1, tokenizer.num_tokens(source.segment[0]), features)), jnp.zeros(1, jnp.int32))
@@ -120,7 +120,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     else:
         if not classifying:
             state = state.replace(scale=_measure_scale(config, tokenizer, source))
-            if model.level_stages:
+            if model.has_levels:
                 codebook = _fit_levels(config, tokenizer, source, model, state.scale)
                 state = state.start_from(state.params | {"level_quantizer": {"codebook": codebook}})
         if config.init_from:
@@ -221,11 +221,12 @@ def _check_objective(config: ConfigDict) -> None:
             raise InputError(f"evals.{key}.nfe={evaluations}: an autoencoder decodes by one evaluation; set it to (1,)")
 
 
-def _check_num_codebooks(config: ConfigDict, model: CodecModel) -> None:
+def _check_kept(config: ConfigDict, model: CodecModel) -> None:
     for key, spec in config.evals.items():
-        for count in spec.get("num_codebooks", ()):
-            if not 1 <= count <= model.num_codebooks:
-                raise InputError(f"evals.{key}.num_codebooks={count}: choose 1 to {model.num_codebooks}, the model's")
+        for kept in spec.get("kept", ()):
+            least, most = model.kept_range
+            if not least <= kept <= most:
+                raise InputError(f"evals.{key}.kept={kept}: choose {least} to {most}")
 
 
 def _open_input(config: ConfigDict, tokenizer: Any, workdir: epath.Path) -> AudioInput | MnistInput:
@@ -323,7 +324,7 @@ def _announce(
             "none": ", given nothing",
         }[model.conditioning]
         if model.conditioning == "latent" and model.num_codebooks:
-            task += f" of {source.rate(model.num_codebooks * math.log2(model.cardinality))}"
+            task += f" of {source.rate(model.bits)}"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info(
         "%s, %.2f M parameters; steps %d to %d on %d %s",

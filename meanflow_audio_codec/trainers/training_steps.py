@@ -18,7 +18,7 @@ from meanflow_audio_codec.datasets.inputs import Tokenizer, signals
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models.classifier import Classifier
 from meanflow_audio_codec.models.codec import CodecModel
-from meanflow_audio_codec.models.quantizers import draw_num_codebooks
+from meanflow_audio_codec.models.quantizers import draw_kept
 from meanflow_audio_codec.models.train_state import TrainState, ema_update
 from meanflow_audio_codec.preprocessing import scaling
 from meanflow_audio_codec.trainers import flow, spectral
@@ -119,20 +119,20 @@ def _num_mel_rows(mel_fraction: float, batch: int) -> int:
 
 
 def _draw_kept(model: CodecModel, rng: PRNGKeyArray, rows: int) -> Int[Array, "b"] | None:
-    """Draw how many codebooks each clip keeps, None for all, by the step's key."""
+    """Draw how much of its code each clip keeps, None for all, by the step's key."""
     if not model.quantizer_dropout:
         return None
     rng = jax.random.fold_in(rng, QUANTIZER_DROPOUT_STREAM)
-    return draw_num_codebooks(rng, rows, model.bitrate_steps, model.quantizer_dropout)
+    return draw_kept(rng, rows, model.kept_steps, model.quantizer_dropout)
 
 
 def codec_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDict) -> dict[str, Callable]:
     """Return what evaluators call, all jitted and with the averaged parameters.
 
-    `loss(state, batch, rng)`: the objective's raw metrics, of all codebooks.
-    `reconstruct(state, batch, seeds, nfe, num_codebooks=None)`: decoded signals [b, s, c], and the squared error of
+    `loss(state, batch, rng)`: the objective's raw metrics, of the whole code.
+    `reconstruct(state, batch, seeds, nfe, kept=None)`: decoded signals [b, s, c], and the squared error of
         each one's tokens [b]. Row i's noise is a function of seeds[i]. Without a code this is a sample that may know
-        the label. One program serves every nfe, one more every number of codebooks kept.
+        the label. One program serves every nfe, one more every `kept`.
     `condition(state, batch)`: what the decoder knows, [b, l, d].
     `flow(state, z, t, r, cond)`: one evaluation, u [b, l, f].
     """
@@ -144,9 +144,9 @@ def codec_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDic
         return loss_fn(state.ema_params, state.scale, batch, rng)[1]
 
     @jax.jit
-    def condition(state: TrainState, batch: Batch, num_codebooks: Array | None = None) -> Float[Array, "b l d"]:
+    def condition(state: TrainState, batch: Batch, kept: Array | None = None) -> Float[Array, "b l d"]:
         x = to_tokens(signals(batch), state.scale, tokenizer, config)
-        return _apply(model, state.ema_params, "condition")(x, batch.get("label"), num_codebooks)[0]
+        return _apply(model, state.ema_params, "condition")(x, batch.get("label"), kept)[0]
 
     @jax.jit
     def u(state: TrainState, z: Array, t: Array, r: Array, cond: Array) -> Float[Array, "b l f"]:
@@ -154,13 +154,13 @@ def codec_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDic
 
     @jax.jit
     def reconstruct(
-        state: TrainState, batch: Batch, seeds: UInt32[Array, "b"], nfe: Array, num_codebooks: Array | None = None
+        state: TrainState, batch: Batch, seeds: UInt32[Array, "b"], nfe: Array, kept: Array | None = None
     ):
         signal = signals(batch)
         x = to_tokens(signal, state.scale, tokenizer, config)
         noise = lambda seed: flow.frame_noise(jax.random.key(seed), jnp.arange(x.shape[1]), x.shape[2])
         z = temperature * jax.vmap(noise)(seeds)
-        cond = condition(state, batch, num_codebooks)
+        cond = condition(state, batch, kept)
         x_hat = model.from_flow(sampler(_apply(model, state.ema_params, "flow"), z, cond, nfe), cond)
         decoded = from_tokens(x_hat, state.scale, tokenizer, config, signal.shape)
         return decoded, jnp.mean((x_hat - x) ** 2, axis=(1, 2))
