@@ -13,7 +13,8 @@ floating point that a machine could round otherwise:
     q = 0 in the first frame of a block, else 1 + the code of this codebook and channel one frame before
 
 or q = 0 throughout if the tables have one context. A block that this does not make shorter than bit-packing is packed,
-and known by its length. constriction takes floating-point weights w_a of n symbols and uses
+and known by its length. A codec that knows better from which row a code should be coded, and in which order, gives
+`Contexts` of its own. constriction takes floating-point weights w_a of n symbols and uses
 the cumulative counts floor(s sum_{b<a} w_b) + a with s = (2^24 - n) / sum_b w_b. For w_a = 2^8 tables[i, q, a] - 1 the
 sum is 2^24 - n, so s = 1, and all partial sums are integers below 2^24, which float32 holds exactly in any order of
 summation: the cumulative counts are 2^8 times those of the table. The tests hold this against a coder in integers.
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Integer, UInt32
+from jaxtyping import Int32, Integer, UInt32
 
 from meanflow_audio_codec.errors import InputError
 
@@ -49,7 +50,7 @@ _END = struct.Struct("<QQ")
 _LIMITS = {
     "sample_rate": (1, 768_000),
     "channels": (1, 64),
-    "num_codebooks": (1, 1024),
+    "num_codebooks": (1, 8192),
     "cardinality": (2, 65_536),
     "block_frames": (1, 4096),
     "seed": (0, 2**32 - 1),
@@ -57,7 +58,7 @@ _LIMITS = {
 _TEXTS = {
     "codec": "[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
     "fingerprint": "[0-9a-f]{8,64}",
-    "entropy": "none|range",
+    "entropy": "none|range|contexts",
     "tables": "|[0-9a-f]{8}",
 }
 _PIECE_BYTES = 2**16  # read at a time: a length that lies allocates no more than what is there
@@ -73,11 +74,11 @@ class Header:
         fingerprint: Of the bundle that wrote the file, 8 to 64 hexadecimal digits.
         sample_rate: Hz, of the original audio, which decoding restores; up to 768000.
         channels: Up to 64.
-        num_codebooks: Kept in this file, up to 1024.
+        num_codebooks: Kept in this file, up to 8192.
         cardinality: Each code is an integer in [0, cardinality); 2 to 65536.
         block_frames: Code frames a block, up to 4096, and channels x num_codebooks x block_frames up to 2^20.
         seed: Of the decoding noise, in [0, 2^32).
-        entropy: "none" or "range".
+        entropy: "none", "range", or "contexts": by rows and in an order that the codec knows.
         tables: `tables_checksum` of the entropy tables, "" without them; `Writer` fills it in.
 
     Raises:
@@ -129,6 +130,27 @@ class Writable(Protocol):
         """Take all of `data`."""
 
 
+@runtime_checkable
+class Contexts(Protocol):
+    """From which row of its tables each code is coded, and in which order.
+
+    Attributes:
+        tables: Counts of at least 1 of each value; each row sums to 2^16.
+    """
+
+    tables: UInt32[np.ndarray, "r a"]
+
+    def parts(self, codes: Integer[np.ndarray, "c k n"]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield where in `codes`, flattened, the next codes of a block are, and their rows.
+
+        A reader fills in what a part asks for before it asks for the next. What is in no part is left as it is there:
+        `blank`.
+        """
+
+    def blank(self, channels: int, frames: int) -> Int32[np.ndarray, "c k n"]:
+        """Return codes to be filled in."""
+
+
 class Block(NamedTuple):
     """Code frames of a file: `codes` is int32 [c, k, n], or None where salvage lost them; `frames` is n."""
 
@@ -143,14 +165,14 @@ class Writer:
         file: Open for bytes; it is neither sought in nor closed.
         header: Of the file; `tables` is filled in.
         tables: Entropy tables of at least `header.num_codebooks` codebooks (the first ones are used), needed and used
-            if `header.entropy` is "range".
+            if `header.entropy` is "range"; if it is "contexts", these.
 
     Raises:
         InputError: the tables do not fit the header.
     """
 
-    def __init__(self, file: Writable, header: Header, tables: Integer[np.ndarray, "k q a"] | None = None):
-        self._weights, checksum = _check_tables(header, tables)
+    def __init__(self, file: Writable, header: Header, tables: "Tables | None" = None):
+        self._coder, checksum = _check_tables(header, tables)
         self.header = dataclasses.replace(header, tables=checksum)
         text = self.header.to_bytes()
         head = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
@@ -194,7 +216,7 @@ class Writer:
 
     def _flush(self) -> None:
         codes = self._pending[:, :, : self._filled]
-        self._record(self._filled, _encode(self.header, self._weights, codes))
+        self._record(self._filled, _encode(self.header, self._coder, codes))
         self._frames, self._filled, self._index = self._frames + self._filled, 0, self._index + 1
 
     def _record(self, frames: int, payload: bytes) -> None:
@@ -210,7 +232,7 @@ class Reader:
 
     Args:
         file: Open for bytes; it is not sought in. Nothing is read past the byte after the end record.
-        tables: Entropy tables, or what returns them for a fingerprint; needed if the file is range-coded.
+        tables: Entropy tables or contexts, or what returns them for a fingerprint; needed if the file is range-coded.
         salvage: Yield damaged blocks as None and go on with the next whole one, instead of raising.
         name: Of the file, for messages; its own name if it has one.
 
@@ -222,16 +244,16 @@ class Reader:
     def __init__(
         self,
         file: Readable,
-        tables: Callable[[str], np.ndarray] | np.ndarray | None = None,
+        tables: "Callable[[str], Tables | None] | Tables | None" = None,
         salvage: bool = False,
         name: str | None = None,
     ):
         self._records = _Records(file, salvage, name)
         self.header = self._records.header
-        if self.header.entropy == "range" and callable(tables):
+        if self.header.entropy != "none" and callable(tables):
             tables = tables(self.header.fingerprint)
         try:
-            self._weights, checksum = _check_tables(self.header, tables)
+            self._coder, checksum = _check_tables(self.header, tables)
         except InputError as error:
             raise InputError(f"{self._records.name}: {error}") from error
         if checksum != self.header.tables:
@@ -254,7 +276,7 @@ class Reader:
         for record in self._records:
             codes = None
             if record.payload is not None:
-                codes = _decode(self.header, self._weights, record.frames, record.payload)
+                codes = _decode(self.header, self._coder, record.frames, record.payload)
                 if codes is None:
                     self._records.fail(f"block {record.index} at byte {record.offset} does not decode")
             yield Block(codes, record.frames)
@@ -331,23 +353,23 @@ def fit_tables(codes: Integer[np.ndarray, "n k l"], cardinality: int, contexts: 
         sequences = codes[:, i].astype(np.int64)
         counts = np.bincount(sequences.ravel(), minlength=cardinality)
         marginal = (counts + 0.5) / (counts.sum() + 0.5 * cardinality)
-        tables[i, 0] = _round_to_total(marginal)
+        tables[i, 0] = round_to_total(marginal)
         if contexts:
             pairs = sequences[:, :-1] * cardinality + sequences[:, 1:]
             pairs = np.bincount(pairs.ravel(), minlength=cardinality**2).reshape(cardinality, cardinality)
             for previous, row in enumerate(pairs):
                 smoothed = (row + 0.5 * cardinality * marginal) / (row.sum() + 0.5 * cardinality)
-                tables[i, previous + 1] = _round_to_total(smoothed)
+                tables[i, previous + 1] = round_to_total(smoothed)
     return tables
 
 
-def tables_checksum(tables: Integer[np.ndarray, "k q a"]) -> str:
-    """Return 8 hexadecimal digits: CRC32 over k, q, a and the counts, all 32-bit little-endian."""
-    data = struct.pack("<3I", *tables.shape) + tables.astype("<u4").tobytes()
+def tables_checksum(tables: Integer[np.ndarray, "*k a"]) -> str:
+    """Return 8 hexadecimal digits: CRC32 over the shape and the counts, all 32-bit little-endian."""
+    data = struct.pack(f"<{tables.ndim}I", *tables.shape) + tables.astype("<u4").tobytes()
     return f"{zlib.crc32(data):08x}"
 
 
-def _round_to_total(p: np.ndarray) -> np.ndarray:
+def round_to_total(p: np.ndarray) -> np.ndarray:
     """Share 2^16 out by `p`: one count to each, the rest by largest remainders, the first ones in ties."""
     exact = p * (TABLE_TOTAL - len(p))
     counts = np.floor(exact).astype(np.int64)
@@ -356,62 +378,95 @@ def _round_to_total(p: np.ndarray) -> np.ndarray:
     return counts + 1
 
 
-def _check_tables(header: Header, tables: np.ndarray | None) -> tuple[np.ndarray | None, str]:
-    """Return constriction's weights, a row for each codebook and context, and the checksum."""
+class _PreviousCode:
+    """Contexts by the code of the same codebook and channel one frame before, from tables [k, q, a]."""
+
+    def __init__(self, tables: UInt32[np.ndarray, "k q a"]):
+        self.tables, self._shape = tables.reshape(-1, tables.shape[2]), tables.shape
+
+    def parts(self, codes: Integer[np.ndarray, "c k n"]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        places = np.arange(codes.size).reshape(codes.shape).transpose(2, 0, 1).reshape(codes.shape[2], -1)
+        rows = np.tile(np.arange(self._shape[0]) * self._shape[1], len(codes))  # of context 0
+        if self._shape[1] == 1:
+            yield places.reshape(-1), np.tile(rows, len(places))
+            return
+        flat = codes.reshape(-1)
+        for number, place in enumerate(places):
+            yield place, rows + 1 + flat[places[number - 1]] if number else rows
+
+    def blank(self, channels: int, frames: int) -> Int32[np.ndarray, "c k n"]:
+        return np.empty((channels, self._shape[0], frames), np.int32)
+
+
+Tables = Contexts | np.ndarray  # [k, q, a], integers
+
+
+class _Coder(NamedTuple):
+    """Contexts, and constriction's weights of their rows."""
+
+    contexts: Contexts
+    weights: np.ndarray
+
+
+def _check_tables(header: Header, tables: Tables | None) -> tuple[_Coder | None, str]:
+    """Return what codes by `tables`, and their checksum."""
     if header.entropy == "none":
         return None, ""
-    k, a = header.num_codebooks, header.cardinality
     if tables is None:
         raise InputError(f"entropy coding needs the tables of {header.codec}, fingerprint {header.fingerprint}")
-    if tables.ndim != 3 or len(tables) < k or tables.shape[1] not in (1, a + 1) or tables.shape[2] != a:
-        raise InputError(
-            f"entropy tables of shape {tables.shape} do not fit {k} codebooks of cardinality {a}: give "
-            f"[{k}, {a + 1} or 1, {a}]"
-        )
-    tables = tables[:k]
-    if tables.dtype.kind not in "ui" or tables.min() < 1 or np.any(tables.sum(axis=2, dtype=np.int64) != TABLE_TOTAL):
+    k, a = header.num_codebooks, header.cardinality
+    if isinstance(tables, np.ndarray) != (header.entropy == "range"):
+        raise InputError(f"header field entropy={header.entropy} does not go with the tables of {header.codec}")
+    if isinstance(tables, np.ndarray):
+        if tables.ndim != 3 or len(tables) < k or tables.shape[1] not in (1, a + 1) or tables.shape[2] != a:
+            raise InputError(
+                f"entropy tables of shape {tables.shape} do not fit {k} codebooks of cardinality {a}: give "
+                f"[{k}, {a + 1} or 1, {a}]"
+            )
+        tables = tables[:k]
+    counts = tables if isinstance(tables, np.ndarray) else tables.tables
+    if counts.dtype.kind not in "ui" or counts.min() < 1 or np.any(counts.sum(axis=-1, dtype=np.int64) != TABLE_TOTAL):
         raise InputError(f"entropy tables must hold integers of at least 1, whose rows sum to {TABLE_TOTAL}")
-    tables = tables.astype(np.uint32)
-    weights = tables * np.uint32(2**_MODEL_BITS // TABLE_TOTAL) - np.uint32(1)
-    return weights.astype(np.float32), tables_checksum(tables)
+    contexts = _PreviousCode(tables.astype(np.uint32)) if isinstance(tables, np.ndarray) else tables
+    weights = contexts.tables * np.uint32(2**_MODEL_BITS // TABLE_TOTAL) - np.uint32(1)
+    return _Coder(contexts, weights.astype(np.float32)), tables_checksum(counts)
 
 
-def _encode(header: Header, weights: np.ndarray | None, codes: np.ndarray) -> bytes:
-    flat = codes.transpose(2, 0, 1).reshape(-1)  # by frame, channel, codebook
+def _encode(header: Header, coder: _Coder | None, codes: np.ndarray) -> bytes:
+    codes = np.ascontiguousarray(codes)
     if not _packs(header):
-        return _encode_range(header, weights, flat)
+        return _encode_range(header, coder, codes)
+    flat = codes.transpose(2, 0, 1).reshape(-1)  # by frame, channel, codebook
     bits = np.unpackbits(flat.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)
     packed = np.packbits(bits[:, 16 - _bits(header.cardinality) :]).tobytes()
-    if weights is None:
+    if coder is None:
         return packed
-    return min(packed, _encode_range(header, weights, flat), key=len)  # the first where they are as long
+    return min(packed, _encode_range(header, coder, codes), key=len)  # the first where they are as long
 
 
-def _encode_range(header: Header, weights: np.ndarray | None, flat: np.ndarray) -> bytes:
+def _encode_range(header: Header, coder: _Coder | None, codes: np.ndarray) -> bytes:
     from constriction import stream
 
-    encoder, a = stream.queue.RangeEncoder(), header.cardinality
-    if weights is None:
-        encoder.encode(flat, stream.model.Uniform(a))
+    encoder = stream.queue.RangeEncoder()
+    if coder is None:
+        encoder.encode(codes.transpose(2, 0, 1).reshape(-1), stream.model.Uniform(header.cardinality))
     else:
-        width = header.channels * header.num_codebooks  # codes a frame
-        family, rows = stream.model.Categorical(perfect=False), _rows(weights, header.channels, len(flat) // width)
-        if weights.shape[1] > 1:
-            rows[width:] += 1 + flat[:-width]
-        table = weights.reshape(-1, a)
-        for part in _parts(len(flat), a):
-            encoder.encode(flat[part], family, table.take(rows[part], axis=0))
+        family, flat = stream.model.Categorical(perfect=False), codes.reshape(-1)
+        for places, rows in _pieces(coder, codes):
+            encoder.encode(flat[places], family, coder.weights.take(rows, axis=0))
     return encoder.get_compressed().astype("<u4").tobytes()
 
 
-def _decode(header: Header, weights: np.ndarray | None, frames: int, payload: bytes) -> np.ndarray | None:
+def _decode(header: Header, coder: _Coder | None, frames: int, payload: bytes) -> np.ndarray | None:
     """Return int32 codes [c, k, frames], or None if no writer makes this payload."""
     count = header.channels * header.num_codebooks * frames
     size = -(-count * _bits(header.cardinality) // 8)
-    if _packs(header) and (weights is None or len(payload) >= size):
+    if coder is not None and not (_packs(header) and len(payload) >= size):
+        return _decode_contexts(header, coder, frames, payload)
+    if _packs(header):
         flat = _unpack(payload, count, _bits(header.cardinality))
     else:
-        flat = _decode_range(header, weights, frames, payload)
+        flat = _decode_uniform(header, count, payload)
     if flat is None:
         return None
     return np.ascontiguousarray(flat.reshape(frames, header.channels, header.num_codebooks).transpose(1, 2, 0))
@@ -431,41 +486,49 @@ def _unpack(payload: bytes, count: int, width: int) -> np.ndarray | None:
     return np.packbits(wide, axis=1).view(">u2").reshape(-1).astype(np.int32)
 
 
-def _decode_range(header: Header, weights: np.ndarray | None, frames: int, payload: bytes) -> np.ndarray | None:
+def _decode_uniform(header: Header, count: int, payload: bytes) -> np.ndarray | None:
     from constriction import stream
 
-    if not payload or len(payload) % 4:
+    decoder = _range_decoder(payload)
+    if decoder is None:
         return None
-    decoder = stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
-    width = header.channels * header.num_codebooks  # codes a frame
-    flat = np.empty(frames * width, np.int32)
     try:
-        if weights is None:
-            flat[:] = decoder.decode(stream.model.Uniform(header.cardinality), len(flat))
-        else:
-            family, table = stream.model.Categorical(perfect=False), weights.reshape(-1, header.cardinality)
-            rows = _rows(weights, header.channels, frames)
-            step = len(flat) if weights.shape[1] == 1 else width  # a context must be known before it serves
-            for start in range(0, len(flat), step):
-                if weights.shape[1] > 1 and start:
-                    rows[start : start + width] += 1 + flat[start - width : start]
-                for part in _parts(step, header.cardinality):
-                    part = slice(start + part.start, start + part.stop)
-                    flat[part] = decoder.decode(family, table.take(rows[part], axis=0))
+        flat = decoder.decode(stream.model.Uniform(header.cardinality), count)
     except AssertionError:  # constriction's word for bits outside of the range
         return None
     return flat if decoder.maybe_exhausted() else None
 
 
-def _rows(weights: np.ndarray, channels: int, frames: int) -> np.ndarray:
-    """Return the row of context 0 for each code of a block."""
-    return np.tile(np.arange(weights.shape[0]) * weights.shape[1], channels * frames)
+def _decode_contexts(header: Header, coder: _Coder, frames: int, payload: bytes) -> np.ndarray | None:
+    from constriction import stream
+
+    decoder = _range_decoder(payload)
+    if decoder is None:
+        return None
+    family, codes = stream.model.Categorical(perfect=False), coder.contexts.blank(header.channels, frames)
+    flat = codes.reshape(-1)
+    try:
+        for places, rows in _pieces(coder, codes):
+            flat[places] = decoder.decode(family, coder.weights.take(rows, axis=0))
+    except AssertionError:
+        return None
+    return codes if decoder.maybe_exhausted() else None
 
 
-def _parts(count: int, cardinality: int) -> Iterator[slice]:
-    """Cut `count` codes so that the weights gathered for a part stay few."""
-    step = max(1, _GATHERED_WEIGHTS // cardinality)
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+def _range_decoder(payload: bytes) -> Any:
+    from constriction import stream
+
+    if not payload or len(payload) % 4:
+        return None
+    return stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
+
+
+def _pieces(coder: _Coder, codes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cut the parts so that the weights gathered for a piece stay few."""
+    step = max(1, _GATHERED_WEIGHTS // coder.weights.shape[1])
+    for places, rows in coder.contexts.parts(codes):
+        for start in range(0, len(places), step):
+            yield places[start : start + step], rows[start : start + step]
 
 
 def _bits(cardinality: int) -> int:

@@ -3,7 +3,7 @@
     codec = Codec.load("music_44k")                  # or a bundle, or the workdir of a run
     codes = codec.encode(audio, sample_rate)         # [..., s] -> int32 [..., k, l]
     audio = codec.decode(codes)                      # at codec.sample_rate
-    data = codec.compress("song.wav")                # bytes of a .mfac file
+    data = codec.compress("song.wav", kbps=12)       # bytes of a .mfac file
     audio, sample_rate = codec.decompress(data)      # the original's rate and exact length
 
 The network is mono: every channel is a row of its own, and stereo is coded as (l + r) / 2 and (l - r) / 2. It works in
@@ -11,10 +11,15 @@ blocks of `BLOCK` tokens on a grid fixed to the start of the file, each with as 
 beyond the ends of a file there is silence. So what comes out depends on the audio alone, not on how it was cut: whole,
 chunked and streamed are one computation, and a batch is its rows. Decoding noise is a function of the seed, the channel
 and the absolute frame.
+
+A code of gain and shape (models/gain_shape.py) spends the bits of a block where there is most to say, in all channels
+of a file: one step of the cells' width holds for all, the finest by which the block, as the entropy tables count it,
+stays within its bitrate.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -32,8 +37,11 @@ import soxr
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from meanflow_audio_codec import bitstream
+from meanflow_audio_codec.contexts import ShapeContexts
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.models.codec import CodecModel
+from meanflow_audio_codec.models.gain_shape import STEPS
+from meanflow_audio_codec.models.quantizers import LEVEL_STEP
 from meanflow_audio_codec.preprocessing import scaling
 from meanflow_audio_codec.preprocessing.tokenizers import build_tokenizer
 from meanflow_audio_codec.trainers import flow
@@ -42,6 +50,8 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 BLOCK = 64  # tokens computed at a time, for which streaming waits
 FILE_BLOCK = 512  # tokens of a block of a file: its length and checksum are some 0.5 % of it
 _READ_SAMPLES = 1 << 18  # of a file at a time
+_SEQUENCE = 32  # frames, of which tables are counted
+_MAX_CONTEXTS = 16  # of a code: beyond, an hour is too little for tables of its square
 
 
 class EncodeState(NamedTuple):
@@ -50,6 +60,7 @@ class EncodeState(NamedTuple):
     pending: Float32[np.ndarray, "c n"]
     samples: int
     frames: int
+    kbps: float
 
 
 class DecodeState(NamedTuple):
@@ -71,10 +82,13 @@ class Codec:
         channels: 1, for more are coded one by one.
         hop_length: Samples per code frame.
         frame_rate: Code frames per second.
-        num_codebooks: Codes of a frame, the first of which may be kept alone.
+        num_codebooks: Codes of a frame.
         cardinality: Values of a code.
-        bitrate: kbps of one channel with all codebooks, before entropy coding.
+        bitrate: kbps of one channel at most, and if none is asked for; before entropy coding where codebooks are of one
+            size.
+        min_bitrate: kbps of one channel at least.
         latency: Samples for which streaming through encoder and decoder waits, at `sample_rate`.
+        tables: By which files are entropy coded, see `bitstream.Writer`; None: they are not.
         fingerprint: Hash of weights, config and tables, by which a file names its maker.
     """
 
@@ -86,23 +100,28 @@ class Codec:
         self._tokenizer = tokenizer = build_tokenizer(config["tokens"])
         self._model = model = build_model(config)
         self._params = _nested({path: array for path, array in arrays.items() if "/" in path})
-        self._scale, self._tables = jnp.asarray(arrays["scale"]), arrays.get("tables")
+        self._scale = jnp.asarray(arrays["scale"])
         self.sample_rate = config["sample_rate"]
         self.hop_length = tokenizer.samples_per_token * model.downsample
         self.frame_rate = self.sample_rate / self.hop_length
         self.num_codebooks, self.cardinality = model.num_codebooks, model.cardinality
-        self.bitrate = self.frame_rate * self.num_codebooks * math.log2(self.cardinality) / 1000
+        self.bitrate = self.frame_rate * model.bits / 1000
+        self.min_bitrate = self.bitrate * model.kept_range[0] / model.kept_range[1]
+        self.tables = arrays.get("tables")
+        if model.has_levels:
+            self.tables = self._shape_contexts(self.tables)
         self._block = self._in_frames(BLOCK)
         # The encoder gives whole blocks, of which the decoder needs as many more as its halo touches.
         blocks = 1 + -(-self._decode_halo(1) // self._block)
         self.latency = (self._block * blocks + self._encode_halo) * self.hop_length
         self._encode_window = jax.jit(self._encode_window)
+        self._shape_codes = jax.jit(self._shape_codes)
         self._decode_window = jax.jit(self._decode_window, static_argnames="nfe")
         # What stands beyond the ends of a file. A bundle holds it, lest it should differ between machines.
         self._silence = arrays.get("silence")
         if self._silence is None:
-            nothing = np.zeros(self._encode_window_samples, np.float32)
-            self._silence = np.asarray(self._encode_window(self._params, self._scale, nothing))[self._block // 2]
+            silence = np.zeros((1, self._encode_window_samples), np.float32)
+            self._silence = self._encode_block(silence, self._block, 0.0)[0, :, self._block // 2]
         self._arrays = arrays | {"silence": self._silence}
         self.fingerprint = _fingerprint(config, self._arrays)
 
@@ -131,12 +150,12 @@ class Codec:
             raise InputError(f"{source}: no such bundle or workdir; codecs that come with the package: {names}")
         return cls(path.stem, *_read_bundle(path))
 
-    def export(self, path: str | os.PathLike, tables: UInt32[np.ndarray, "k n m"] | None = None) -> None:
+    def export(self, path: str | os.PathLike, tables: UInt32[np.ndarray, "*k a"] | None = None) -> None:
         """Write a bundle: one .npz file of 16-bit weights, scale, entropy tables and config.
 
         Args:
             path: File to write, .npz.
-            tables: From `bitstream.fit_tables`; without, its files are not entropy coded.
+            tables: From `fit_tables`. Without, files are not entropy coded, those of gain and shape by a law's tables.
         """
         arrays = {name: a.astype(np.float16) if "/" in name else a for name, a in self._arrays.items()}
         if tables is not None:
@@ -147,17 +166,35 @@ class Codec:
             np.savez_compressed(file, config=config, **arrays)
         temporary.replace(path)
 
+    def fit_tables(self, clips: Iterable[Float[np.ndarray, " s"]]) -> UInt32[np.ndarray, "*k a"]:
+        """Return entropy tables for `export`, counted from training data, of one channel at the codec's rate.
+
+        Raises:
+            InputError: No clip lasts 32 code frames.
+        """
+        rates = [None]
+        if self._model.has_levels:
+            rates = self.min_bitrate + (self.bitrate - self.min_bitrate) * np.arange(1, 5) / 5
+        codes = [self.encode(clip, self.sample_rate, kbps) for clip, kbps in zip(clips, itertools.cycle(rates))]
+        codes = [row[:, : row.shape[1] // _SEQUENCE * _SEQUENCE] for row in codes]
+        if not sum(row.shape[1] for row in codes):
+            raise InputError(f"entropy tables need clips of {_SEQUENCE} code frames; give longer ones")
+        if self._model.has_levels:
+            return self.tables.fit(row[None] for row in codes)
+        joined = np.concatenate(codes, axis=1).reshape(self.num_codebooks, -1, _SEQUENCE)
+        return bitstream.fit_tables(joined.swapaxes(0, 1), self.cardinality, self.cardinality <= _MAX_CONTEXTS)
+
     ################################################ Arrays
 
     def encode(
-        self, audio: Float[np.ndarray, "*b s"], sample_rate: int, num_codebooks: int | None = None
+        self, audio: Float[np.ndarray, "*b s"], sample_rate: int, kbps: float | None = None
     ) -> Int32[np.ndarray, "*b k l"]:
         """Code every row of `audio` on its own; nothing is mixed.
 
         Args:
             audio: In [-1, 1], any leading axes, any length.
             sample_rate: Hz; resampled to the codec's where it differs.
-            num_codebooks: How many to keep; default: all.
+            kbps: Of a row, at most; default: `bitrate`. Of fsq and rvq as many codebooks as that pays for.
 
         Returns:
             Codes in [0, cardinality): l = ceil of (s' + one MDCT frame) / hop_length frames for s' samples at the
@@ -167,12 +204,13 @@ class Codec:
             InputError: The audio is not finite floats, or a number is out of range.
         """
         audio = _checked_audio(audio)
-        kept = self._kept(num_codebooks)
+        kept = self._kept_for(kbps, 1)
         rows = audio.reshape(math.prod(audio.shape[:-1]), audio.shape[-1])
         if sample_rate != self.sample_rate:
-            rows = np.stack([_Resampler(sample_rate, self.sample_rate, 1)(row[None], last=True)[0] for row in rows])
-        _, codes = self.encode_step(self.encode_start(len(rows)), rows, last=True)
-        return codes[:, :kept].reshape(*audio.shape[:-1], kept, codes.shape[-1])
+            rows = [_Resampler(sample_rate, self.sample_rate, 1)(row[None], last=True)[0] for row in rows]
+        codes = [self.encode_step(self.encode_start(1, kbps), row[None], last=True)[1][0] for row in rows]
+        codes = np.stack(codes) if len(codes) else np.zeros((0, kept, self._num_frames(audio.shape[-1])), np.int32)
+        return codes.reshape(*audio.shape[:-1], *codes.shape[1:])
 
     def decode(
         self, codes: Int[np.ndarray, "*b k l"], nfe: int = 1, seed: int = 0, length: int | None = None
@@ -180,7 +218,7 @@ class Codec:
         """Decode every row of `codes` on its own.
 
         Args:
-            codes: From `encode`, all codebooks or the first ones.
+            codes: From `encode`; of fsq and rvq the first codebooks will do.
             nfe: Network evaluations.
             seed: Of the decoding noise. A row's is that of a single row: rows of a batch share it.
             length: Samples to return, at most l * hop_length; default: all.
@@ -202,10 +240,12 @@ class Codec:
 
     ################################################ Streams
 
-    def encode_start(self, channels: int = 1) -> EncodeState:
-        """Return the state before the first sample of `channels` rows."""
+    def encode_start(self, channels: int = 1, kbps: float | None = None) -> EncodeState:
+        """Return the state before the first sample of `channels` rows, which share `kbps`."""
+        self._kept_for(kbps, channels)
         before = self._encode_halo * self.hop_length + self._tokenizer.samples_per_token
-        return EncodeState(np.zeros((channels, before), np.float32), samples=0, frames=0)
+        kbps = channels * self.bitrate if kbps is None else kbps
+        return EncodeState(np.zeros((channels, before), np.float32), samples=0, frames=0, kbps=kbps)
 
     def encode_step(
         self, state: EncodeState, audio: Float[np.ndarray, "c s"], last: bool = False
@@ -217,21 +257,21 @@ class Codec:
         hop, block, window = self.hop_length, self._block, self._encode_window_samples
         samples = state.samples + audio.shape[1]
         pending, frames = np.concatenate([state.pending, audio.astype(np.float32)], axis=1), state.frames
-        total = self._num_frames(samples)
+        total = self._num_frames(samples) if last else math.inf
         if last:
             blocks = -(-(total - frames) // block)
             missing = (blocks - 1) * block * hop + window - pending.shape[1]
             pending = np.pad(pending, ((0, 0), (0, max(0, missing))))
         else:
             blocks = max(0, (pending.shape[1] - window) // (block * hop) + 1)
-        starts = np.arange(blocks) * block * hop
-        codes = [
-            [np.asarray(self._encode_window(self._params, self._scale, row[s : s + window])) for s in starts]
-            for row in pending
-        ]
-        codes = np.asarray(codes, np.int32).reshape(len(pending), blocks * block, self.num_codebooks).swapaxes(1, 2)
-        state = EncodeState(pending[:, blocks * block * hop :], samples, frames + blocks * block)
-        return state, codes[:, :, : total - frames] if last else codes
+        codes = [np.zeros((len(pending), self._kept_for(state.kbps, len(pending)), 0), np.int32)]
+        for i in range(blocks):
+            start, count = i * block * hop, min(block, total - frames - i * block)
+            codes.append(self._encode_block(pending[:, start : start + window], count, state.kbps))
+        pending = pending[:, blocks * block * hop :]
+        return state._replace(pending=pending, samples=samples, frames=frames + blocks * block), np.concatenate(
+            codes, axis=2
+        )
 
     def decode_start(self, channels: int = 1, nfe: int = 1, seed: int = 0) -> DecodeState:
         """Return the state before the first code frame of `channels` rows; row c has the noise of channel c."""
@@ -283,8 +323,7 @@ class Codec:
         self,
         source: str | os.PathLike | Float[np.ndarray, "*c s"],
         sample_rate: int | None = None,
-        num_codebooks: int | None = None,
-        entropy: bool = True,
+        kbps: float | None = None,
         seed: int = 0,
     ) -> bytes:
         """Return the bytes of a .mfac file, see `bitstream`.
@@ -292,8 +331,7 @@ class Codec:
         Args:
             source: The path of an audio file, or audio [s] or [c, s] in [-1, 1].
             sample_rate: Hz, of an array.
-            num_codebooks: How many to keep; default: all.
-            entropy: Whether to code the codes by the bundle's tables, if it has them; without, all take the same room.
+            kbps: Of all channels together, at most; default: `bitrate` for each.
             seed: Of the decoding noise.
 
         Raises:
@@ -304,11 +342,11 @@ class Codec:
             if sample_rate is None:
                 raise InputError("sample_rate: an array has none; give it in Hz")
             audio = np.atleast_2d(_checked_audio(source))
-            self.compress_stream([audio], sample_rate, len(audio), file, num_codebooks, entropy, seed)
+            self.compress_stream([audio], sample_rate, len(audio), file, kbps, seed)
         else:
             with open_audio(source) as audio:
                 blocks = read_blocks(audio, source)
-                self.compress_stream(blocks, audio.samplerate, audio.channels, file, num_codebooks, entropy, seed)
+                self.compress_stream(blocks, audio.samplerate, audio.channels, file, kbps, seed)
         return file.getvalue()
 
     def decompress(self, data: bytes, nfe: int = 1) -> tuple[Float32[np.ndarray, "c s"], int]:
@@ -330,12 +368,11 @@ class Codec:
         sample_rate: int,
         channels: int,
         file: bitstream.Writable,
-        num_codebooks: int | None = None,
-        entropy: bool = True,
+        kbps: float | None = None,
         seed: int = 0,
     ) -> None:
         """Write the .mfac of audio that comes in blocks of any length, in constant memory. See `compress`."""
-        kept = self._kept(num_codebooks)
+        kept = self._kept_for(kbps, channels)
         header = bitstream.Header(
             codec=re.sub("[^A-Za-z0-9._-]+", "-", self.name).strip("._-")[:64] or "codec",
             fingerprint=self.fingerprint,
@@ -345,18 +382,18 @@ class Codec:
             cardinality=self.cardinality,
             block_frames=min(self._in_frames(FILE_BLOCK), bitstream.MAX_BLOCK_CODES // (channels * kept)),
             seed=seed,
-            entropy="range" if entropy and self._tables is not None else "none",
+            entropy=self.entropy,
         )
-        writer = bitstream.Writer(file, header, self._tables)
+        writer = bitstream.Writer(file, header, self.tables)
         resampler = _Resampler(sample_rate, self.sample_rate, channels)
-        state, samples = self.encode_start(channels), 0
+        state, samples = self.encode_start(channels, kbps), 0
         for block in blocks:
             samples += block.shape[1]
             state, codes = self.encode_step(state, resampler(_to_mid_side(_checked_audio(block))))
-            writer.write(codes[:, :kept])
+            writer.write(codes)
         rest = resampler(np.zeros((channels, 0), np.float32), last=True)
         _, codes = self.encode_step(state, rest, last=True)
-        writer.write(codes[:, :kept])
+        writer.write(codes)
         writer.close(samples)
 
     def decompress_stream(
@@ -371,14 +408,17 @@ class Codec:
             nfe: Network evaluations.
             salvage: Whether damaged blocks become silence and a missing end is overlooked, instead of raising.
         """
-        reader = bitstream.Reader(file, self._tables, salvage)
+        reader = bitstream.Reader(file, self.tables, salvage)
         header = reader.header
         if header.fingerprint != self.fingerprint:
             raise InputError(
                 f"this file was made by {header.codec} ({header.fingerprint}), "
                 f"not by {self.name} ({self.fingerprint}): load that codec"
             )
-        if header.cardinality != self.cardinality or header.num_codebooks > self.num_codebooks:
+        fits = header.num_codebooks == self.num_codebooks or (
+            header.num_codebooks < self.num_codebooks and not self._model.has_levels
+        )
+        if header.cardinality != self.cardinality or not fits:
             raise InputError(
                 f"the header has {header.num_codebooks} codebooks of {header.cardinality} values; {self.name} has "
                 f"{self.num_codebooks} of {self.cardinality}"
@@ -427,13 +467,60 @@ class Codec:
     def _encode_window_samples(self) -> int:
         return (self._block + 2 * self._encode_halo) * self.hop_length + self._tokenizer.samples_per_token
 
-    def _encode_window(self, params: Any, scale: Float[Array, "f"], audio: Float[Array, " n"]) -> Int[Array, "l k"]:
+    def _encode_block(self, audio: Float32[np.ndarray, "c n"], frames: int, kbps: float) -> Int32[np.ndarray, "c k l"]:
+        """Return the codes of the first `frames` of a block, in whose window `audio` is, of all channels."""
+        windows = [self._encode_window(self._params, self._scale, row) for row in audio]
+        if not self._model.has_levels:
+            codes = np.stack([np.asarray(codes).T for codes, _ in windows])
+            return codes[:, : self._kept_for(kbps, len(audio)), :frames]
+        bits = kbps * 1000 / self.frame_rate * frames
+
+        def spread(fineness: int) -> Int32[np.ndarray, "c k l"]:
+            """Give the first frames a finer step than the others, for a bitrate between those of whole steps."""
+            steps = fineness // self._block + (np.arange(self._block) < fineness % self._block)
+            codes = [
+                self._shape_codes(self._params, x, level_codes, steps.astype(np.int32)) for level_codes, x in windows
+            ]
+            return np.stack([np.asarray(row).T for row in codes])[:, :, :frames]
+
+        codes, fineness = spread(0), 0
+        for digit in (1 << i for i in reversed(range((STEPS * self._block).bit_length()))):
+            if (
+                fineness + digit < (STEPS - 1) * self._block
+                and self.tables.bits(finer := spread(fineness + digit)) <= bits
+            ):
+                codes, fineness = finer, fineness + digit
+        return codes
+
+    def _encode_window(
+        self, params: Any, scale: Float[Array, "f"], audio: Float[Array, " n"]
+    ) -> tuple[Int[Array, "l k"], Float[Array, "t f"]]:
+        """Return the codes of a block, of gain and shape those of levels alone, and its tokens."""
         tokens = self._tokenizer.tokenize(audio[None, :, None])
+        downsample, block = self._model.downsample, slice(self._encode_halo, self._encode_halo + self._block)
         # The token before the window gave the first frame its past; those after it lack their future.
-        tokens = tokens[:, 1 : 1 + (self._block + 2 * self._encode_halo) * self._model.downsample]
+        tokens = tokens[:, 1 : 1 + (self._block + 2 * self._encode_halo) * downsample]
         x = scaling.normalize(tokens, scale, self._config["tokens"]["exponent"], self._config["tokens"]["eps"])
-        _, codes, _ = self._model.apply({"params": params}, x, method="encode")
-        return codes[0, self._encode_halo : self._encode_halo + self._block]
+        network = lambda method: self._model.apply({"params": params}, x, method=method)
+        codes = network("level_codes") if self._model.has_levels else network("encode")[1]
+        return codes[0, block], x[0, block.start * downsample : block.stop * downsample]
+
+    def _shape_codes(
+        self, params: Any, x: Float[Array, "t f"], level_codes: Int[Array, "l s"], steps: Int[Array, " l"]
+    ) -> Int[Array, "l k"]:
+        given = (x[None], level_codes[None], steps[None])
+        return self._model.apply({"params": params}, *given, method="shape_codes")[0]
+
+    def _shape_contexts(self, tables: UInt32[np.ndarray, "r a"] | None) -> ShapeContexts:
+        entries = np.asarray(self._params["level_quantizer"]["codebook"]) / LEVEL_STEP
+        return ShapeContexts(entries.round().astype(int), self._model.bands, self._model.downsample, tables)
+
+    @property
+    def entropy(self) -> str:
+        """Return how its files are entropy coded, see `bitstream.Header`."""
+        if self._model.has_levels:
+            return "contexts"
+        return "none" if self.tables is None else "range"
 
     def _decode_window(
         self, params: Any, scale: Float[Array, "f"], codes: Int[Array, "l k"], place: UInt32[Array, "3"], nfe: int
@@ -454,35 +541,30 @@ class Codec:
 
     ################################################ Checks
 
-    def codebooks_for(self, kbps: float, channels: int = 1) -> int:
-        """Return how many codebooks `kbps` pays for before entropy coding, for all `channels` of a file together.
-
-        Raises:
-            InputError: It does not pay for one, or for more than there are.
-        """
-        each = channels * self.bitrate / self.num_codebooks
-        kept = math.floor(kbps / each + 1e-9)
-        if not 1 <= kept <= self.num_codebooks:
+    def _kept_for(self, kbps: float | None, channels: int) -> int:
+        """Return how many codebooks are in the codes at `kbps` of all `channels` of a file together."""
+        least, most = channels * self.min_bitrate, channels * self.bitrate
+        if kbps is None:
+            return self.num_codebooks
+        if not least * (1 - 1e-9) <= kbps <= most * (1 + 1e-9):
             raise InputError(
-                f"kbps={kbps:g}: {self.name} codes {channels} channels at "
-                f"{each:.3g} to {each * self.num_codebooks:.4g} kbps; choose a rate in between"
+                f"kbps={kbps:g}: {self.name} codes {channels} channels at {least:.3g} to {most:.4g} kbps; choose a rate"
+                " in between"
             )
-        return kept
+        return self.num_codebooks if self._model.has_levels else math.floor(self.num_codebooks * kbps / most + 1e-9)
 
     def _num_frames(self, samples: int) -> int:
         return -(-self._tokenizer.num_tokens(samples) // self._model.downsample) if samples else 0
-
-    def _kept(self, num_codebooks: int | None) -> int:
-        kept = self.num_codebooks if num_codebooks is None else num_codebooks
-        if not 1 <= kept <= self.num_codebooks:
-            raise InputError(f"num_codebooks={kept}: {self.name} has 1 to {self.num_codebooks}")
-        return kept
 
     def _checked_codes(self, codes: Int[np.ndarray, "*b k l"]) -> Int[np.ndarray, "*b k l"]:
         codes = np.asarray(codes)
         if codes.ndim < 2 or not np.issubdtype(codes.dtype, np.integer):
             raise InputError(f"codes are {codes.dtype} {list(codes.shape)}: give the integers [..., k, l] of encode")
-        self._kept(codes.shape[-2])
+        count, fixed = codes.shape[-2], self._model.has_levels
+        if not (self.num_codebooks if fixed else 1) <= count <= self.num_codebooks:
+            raise InputError(
+                f"codes of {count} codebooks: {self.name} has {'' if fixed else '1 to '}{self.num_codebooks}"
+            )
         if codes.size and not 0 <= codes.min() <= codes.max() < self.cardinality:
             raise InputError(
                 f"codes lie in [{codes.min()}, {codes.max()}]; this codec's lie in [0, {self.cardinality})"

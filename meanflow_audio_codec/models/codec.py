@@ -109,13 +109,13 @@ class FrameNet(nn.Module):
 class CodecModel(nn.Module):
     """Encoder, quantizer, upsampler and flow decoder. The fields are the schema of `config.model`.
 
-    With the quantizer "gain_shape" the flow's data are `to_flow(x, cond)`: x but for what the code says of it. A latent,
-    and the end of `cond`, are then what is known of the coefficients over their gain, the deviation that this leaves, and
-    the levels. Its codes are the step of the cells' width, those of the levels, and each coefficient's cell, of 256
-    values each; to be entropy coded.
+    With the quantizer "gain_shape" the flow's data are `to_flow(x, cond)`: x but for what the code says of it. A
+    latent, and the end of `cond`, are then what is known of the coefficients over their gain, the deviation that this
+    leaves, and the levels. Its codes are the step of the cells' width, those of the levels, and each coefficient's
+    cell, of 256 values each; to be entropy coded.
 
-    How much of a code is kept, `kept` below, is a number of codebooks, the first ones, or with "gain_shape" how many bits
-    its latents take on the mean. One number for all clips, or one for each; None: all.
+    How much of a code is kept, `kept` below, is a number of codebooks, the first ones, or with "gain_shape" how many
+    bits its latents take on the mean. One number for all clips, or one for each; None: all.
     """
 
     features: int

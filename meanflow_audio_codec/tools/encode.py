@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         "--kbps",
         type=float,
         metavar="K",
-        help="of all channels before entropy coding, at most; default: the model's most",
+        help="of all channels, at most; default: the model's most",
     )
     parser.add_argument(
         "--model",
@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> None:
         default=DEFAULT_MODEL,
         help="name of a codec that comes with the package (default: %(default)s), bundle or workdir",
     )
-    parser.add_argument("--constant_bitrate", action="store_true", help="no entropy coding: every block has one size")
     parser.add_argument("--force", action="store_true", help="overwrite")
     arguments = parser.parse_args(argv)
     with files.errors_as_lines("encode"):
@@ -57,20 +56,19 @@ def _run(arguments: argparse.Namespace) -> None:
     from meanflow_audio_codec.codec import Codec  # seconds
 
     codec = Codec.load(arguments.model)
-    work = lambda source, target: _encode(codec, source, target, arguments.kbps, not arguments.constant_bitrate)
+    work = lambda source, target: _encode(codec, source, target, arguments.kbps)
     files.process("encode", jobs, work)
 
 
-def _encode(codec: Any, source: str, target: str, kbps: float | None, entropy: bool) -> str:
+def _encode(codec: Any, source: str, target: str, kbps: float | None) -> str:
     from meanflow_audio_codec.codec import open_audio, read_blocks
 
     start = time.perf_counter()
     with _as_file(source) as path, open_audio(path) as audio, files.open_output(target) as output:
-        kept = None if kbps is None else codec.codebooks_for(kbps, audio.channels)
         counted = _Counted(output)
         blocks = read_blocks(audio, path)
         blocks = files.show_progress(blocks, source, audio.samplerate, audio.frames / audio.samplerate)
-        codec.compress_stream(blocks, audio.samplerate, audio.channels, counted, kept, entropy)
+        codec.compress_stream(blocks, audio.samplerate, audio.channels, counted, kbps)
         seconds = audio.tell() / audio.samplerate
     took = time.perf_counter() - start
     measured = None

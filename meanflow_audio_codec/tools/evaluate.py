@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--baselines-only", "--baselines_only", action="store_true", help="score no model")
     parser.add_argument("--data_dir", metavar="D", required=True, help=f"folder with {', '.join(FORMATS)} files")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder of the results, new or continued")
-    parser.add_argument("--kbps", type=float, nargs="+", default=KBPS, help="bitrates to ask for; of the model the most"
-                        " codebooks that stay within")  # fmt: skip
+    parser.add_argument("--kbps", type=float, nargs="+", default=KBPS, help="bitrates to ask for")
     parser.add_argument("--nfe", type=int, nargs="+", default=NFE, help="network evaluations of the model's decoder")
     parser.add_argument(
         "--baselines", nargs="*", default=baselines.FAMILIES, help="of " + ", ".join(baselines.FAMILIES)
@@ -252,27 +251,26 @@ def _stretches(file: AudioFile, sample_rate: int, seconds: float, count: int) ->
 
 
 def own_coders(codec: Any, kbps: Sequence[float], nfe: Sequence[int]) -> list[Coder]:
-    """Return the codec at the most codebooks within each bitrate, each number once, and each `nfe`."""
-    step = codec.bitrate / codec.num_codebooks
-    kept = sorted({min(codec.num_codebooks, int(rate / step + 1e-9)) for rate in kbps} - {0})
+    """Return the codec at each bitrate, or its most where that is less, and each `nfe`."""
+    rates = sorted({min(codec.bitrate, rate) for rate in kbps if rate >= codec.min_bitrate})
     return [
         Coder(
-            f"{codec.name} {k * step:.3g} nfe {n}",
+            f"{codec.name} {rate:.3g} nfe {n}",
             f"{codec.name} nfe {n}",
-            k * step,
+            rate,
             codec.fingerprint,
-            functools.partial(_code, codec, k, n),
+            functools.partial(_code, codec, rate, n),
         )
         for n in nfe
-        for k in kept
+        for rate in rates
     ]
 
 
-def _code(codec: Any, num_codebooks: int, nfe: int, audio: Float[np.ndarray, " s"], sample_rate: int) -> Coded:
+def _code(codec: Any, kbps: float, nfe: int, audio: Float[np.ndarray, " s"], sample_rate: int) -> Coded:
     from meanflow_audio_codec import bitstream
 
     start = time.perf_counter()
-    data = codec.compress(audio, sample_rate, num_codebooks=num_codebooks)
+    data = codec.compress(audio, sample_rate, kbps=kbps)
     encoded = time.perf_counter()
     decoded, _ = codec.decompress(data, nfe=nfe)
     done = time.perf_counter()

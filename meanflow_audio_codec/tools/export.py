@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
 from meanflow_audio_codec import bitstream
@@ -26,10 +26,8 @@ from meanflow_audio_codec.tools import files
 
 FIT_SECONDS = 3600
 MEASURED_SECONDS = 600
-MAX_CONTEXTS = 16  # of a code: beyond, an hour is too little for tables of its square
 _CROP_SECONDS = 10
-_SEQUENCE = 32  # frames
-_GROUPS = 8
+_BITRATES = 4  # at which is measured what the tables save
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,35 +56,23 @@ def _run(workdir: Path, data_dir: str, output: Path, force: bool) -> list[str]:
         Codec.load(workdir).export(rounded)
         codec = Codec.load(rounded)
     train, valid = split_files(scan_folder(data_dir, bad_files="skip"))
-    fitted = _sequences(codec, train, FIT_SECONDS, "fit")
-    tables = bitstream.fit_tables(fitted, codec.cardinality, codec.cardinality <= MAX_CONTEXTS)
-    held_out = _sequences(codec, valid, MEASURED_SECONDS, "measure")
-    codec.export(output, tables)
-    codec = Codec.load(output)
-    seconds = [sequences.shape[0] * sequences.shape[2] / codec.frame_rate for sequences in (fitted, held_out)]
+    codec.export(output, codec.fit_tables(_clips(codec, train, FIT_SECONDS, "fit")))
+    clips = list(_clips(codec, valid, MEASURED_SECONDS, "measure"))
+    fitted, seconds = Codec.load(output), sum(map(len, clips)) / codec.sample_rate
     return [
-        f"tables fitted to {seconds[0]:.0f} s of {len(train)} files, measured on {seconds[1]:.0f} s of {len(valid)}:",
-        *_savings(codec, tables, held_out),
-        f"{output}: {os.path.getsize(output):,} bytes, fingerprint {codec.fingerprint}",
+        f"tables fitted to up to {FIT_SECONDS} s of {len(train)} files; on {seconds:.0f} s of {len(valid)} others:",
+        *_savings(codec, fitted, clips),
+        f"{output}: {os.path.getsize(output):,} bytes, fingerprint {fitted.fingerprint}",
     ]
 
 
-def _sequences(codec: Any, audio_files: list[AudioFile], seconds: int, name: str) -> Int32[np.ndarray, "n k l"]:
-    """Code up to `seconds` of the files, mono as in training, and cut the codes to sequences of one length."""
+def _clips(codec: Any, audio_files: list[AudioFile], seconds: int, name: str) -> Iterator[Float32[np.ndarray, " s"]]:
+    """Yield up to `seconds` of the files, taken evenly, mono as in training and at the codec's rate."""
     crops = list(_crops(audio_files))
     chosen = np.unique(np.linspace(0, len(crops) - 1, min(len(crops), seconds // _CROP_SECONDS)).astype(int))
-    sequences = [np.zeros((0, codec.num_codebooks, _SEQUENCE), np.int32)]
     for file, start, frames in tqdm([crops[i] for i in chosen], name, unit="crop", disable=None):
         samples = math.ceil(frames * codec.sample_rate / file.sample_rate)
-        audio = load_crop(file, start, sample_rate=codec.sample_rate, segment_samples=samples, channels=1)
-        codes = codec.encode(audio[:, 0], codec.sample_rate)
-        whole = codes.shape[1] // _SEQUENCE
-        cut = codes[:, : whole * _SEQUENCE].reshape(codec.num_codebooks, whole, _SEQUENCE)
-        sequences.append(cut.swapaxes(0, 1))
-    joined = np.concatenate(sequences)
-    if not len(joined):
-        raise InputError(f"--data_dir: no file to {name} lasts {_SEQUENCE} code frames; give longer ones")
-    return joined
+        yield load_crop(file, start, sample_rate=codec.sample_rate, segment_samples=samples, channels=1)[:, 0]
 
 
 def _crops(audio_files: list[AudioFile]) -> Iterator[tuple[AudioFile, int, int]]:
@@ -97,28 +83,23 @@ def _crops(audio_files: list[AudioFile]) -> Iterator[tuple[AudioFile, int, int]]
             yield file, start, min(length, file.frames - start)
 
 
-def _savings(codec: Any, tables: np.ndarray, sequences: Int32[np.ndarray, "n k l"]) -> list[str]:
-    """Lines that say what the tables save, by group of codebooks and of all up to there."""
-    count, width = codec.num_codebooks, math.log2(codec.cardinality)
-    codes = sequences.swapaxes(0, 1).reshape(1, count, -1)
-    lines, done, spent = [], 0, 0.0
-    for kept in sorted({-(-count * group // _GROUPS) for group in range(1, _GROUPS + 1)}):
-        bits = _coded_bits(codec, tables, codes[:, :kept]) / codes.shape[2]  # a frame
-        before, after = (codec.frame_rate * value / 1000 for value in (kept * width, bits))
-        lines.append(
-            f"  codebooks {done + 1} to {kept}: {width:.3f} -> {(bits - spent) / (kept - done):.3f} bits a code; "
-            f"all {kept}: {before:.3f} -> {after:.3f} kbps ({100 * (after / before - 1):+.1f} %)"
-        )
-        done, spent = kept, bits
+def _savings(plain: Any, fitted: Any, clips: list[Float32[np.ndarray, " s"]]) -> list[str]:
+    """Lines that say what the codes of the codec with fitted tables take, and would have taken without these."""
+    lines = []
+    seconds = sum(map(len, clips)) / fitted.sample_rate
+    for kbps in fitted.min_bitrate + (fitted.bitrate - fitted.min_bitrate) * np.arange(1, 1 + _BITRATES) / _BITRATES:
+        codes = [fitted.encode(clip, fitted.sample_rate, kbps) for clip in clips]
+        before, after = (sum(_coded_bits(codec, c) for c in codes) / seconds / 1000 for codec in (plain, fitted))
+        lines.append(f"  at most {kbps:.3f} kbps: {before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.1f} %)")
     return lines
 
 
-def _coded_bits(codec: Any, tables: np.ndarray, codes: Int32[np.ndarray, "1 k l"]) -> int:
+def _coded_bits(codec: Any, codes: Int32[np.ndarray, "k l"]) -> int:
     file = io.BytesIO()
     fields = {"codec": "export", "fingerprint": codec.fingerprint, "sample_rate": codec.sample_rate, "channels": 1}
-    header = bitstream.Header(**fields, num_codebooks=codes.shape[1], cardinality=codec.cardinality, entropy="range")
-    writer = bitstream.Writer(file, header, tables)
-    writer.write(codes)
+    fields |= {"num_codebooks": len(codes), "cardinality": codec.cardinality, "entropy": codec.entropy}
+    writer = bitstream.Writer(file, bitstream.Header(**fields), codec.tables)
+    writer.write(codes[None])
     writer.close(0)
     file.seek(0)
     return 8 * bitstream.info(file)["payload_bytes"]

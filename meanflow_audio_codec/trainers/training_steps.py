@@ -153,9 +153,7 @@ def codec_predict_fns(model: CodecModel, tokenizer: Tokenizer, config: ConfigDic
         return _apply(model, state.ema_params, "flow")(z, t, r, cond)
 
     @jax.jit
-    def reconstruct(
-        state: TrainState, batch: Batch, seeds: UInt32[Array, "b"], nfe: Array, kept: Array | None = None
-    ):
+    def reconstruct(state: TrainState, batch: Batch, seeds: UInt32[Array, "b"], nfe: Array, kept: Array | None = None):
         signal = signals(batch)
         x = to_tokens(signal, state.scale, tokenizer, config)
         noise = lambda seed: flow.frame_noise(jax.random.key(seed), jnp.arange(x.shape[1]), x.shape[2])

@@ -1,0 +1,150 @@
+"""The entropy tables of a code of gain and shape: in which order its codes are coded, and by which row each.
+
+    codes [c, k, n]: of each latent the step, the codes of its levels, and the cells of its frames, one after another
+
+First come the steps, frame by frame and channel by channel, each by the row of the one before; then the codes of the
+levels, by stage; then the cells, frame by frame, of all channels and features. The row of a cell is that of its class
+of openness (gain_shape.py) and of what lies around it in the two frames before, all of which a reader knows by then.
+Where nothing is said a cell is 0, and takes no bits. A block knows nothing of the one before.
+
+All is in whole numbers, for writer and reader must agree to the bit.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt32
+
+from meanflow_audio_codec.bitstream import TABLE_TOTAL, round_to_total
+from meanflow_audio_codec.models.gain_shape import CELLS, NUM_CLASSES, STEPS, cell_tables, openness, openness_class
+
+_ZERO = CELLS - 1  # the code of cell 0
+# The neighbourhood of a weighted sum of magnitudes, of which the last stands for all above.
+_NEIGHBOURHOOD = np.array([0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 7, 7, 8])
+_NUM_NEIGHBOURHOODS = 9
+_PRIOR_COUNTS, _CLASS_COUNTS = 10.0, 30.0  # what a law, and a class's mean, weigh in a row
+
+
+class ShapeContexts:
+    """Contexts of codes of gain and shape, see `bitstream.Contexts`.
+
+    Args:
+        level_entries: Of the levels' quantizer [s, e, d B], in level steps.
+        bands: Of each feature.
+        frames: Tokens of a latent, d.
+        tables: From `fit_tables`; None: what the law of `gain_shape.cell_tables` says.
+    """
+
+    def __init__(
+        self,
+        level_entries: Int[np.ndarray, "s e n"],
+        bands: tuple[int, ...],
+        frames: int,
+        tables: UInt32[np.ndarray, "r a"] | None = None,
+    ):
+        self._entries, self._bands, self._frames = level_entries, np.array(bands), frames
+        self._first_level_row = 1 + STEPS
+        self._first_cell_row = self._first_level_row + len(level_entries)
+        self.tables = self._round(self._prior()) if tables is None else tables
+        self._cost = -np.log2(self.tables / TABLE_TOTAL)
+
+    @property
+    def _num_codebooks(self) -> int:
+        return 1 + len(self._entries) + self._frames * len(self._bands)
+
+    def blank(self, channels: int, frames: int) -> Int32[np.ndarray, "c k n"]:
+        """Return codes of cells of 0."""
+        return np.full((channels, self._num_codebooks, frames), _ZERO, np.int32)
+
+    def parts(self, codes: Int[np.ndarray, "c k n"]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield places and rows, see `bitstream.Contexts`."""
+        flat = codes.reshape(-1)
+        places = np.arange(codes.size).reshape(codes.shape)
+        row = 0
+        for place in places[:, 0].T.reshape(-1):
+            yield np.array([place]), np.array([row])
+            row = 1 + flat[place]
+        yield self._level_parts(places)
+        cells, classes = self._cells(places), self._classes(codes)
+        around = np.zeros((2, *cells.shape[1:]), int)
+        for cell, class_ in zip(cells, classes, strict=True):
+            said = class_ >= 0
+            yield cell[said], self._cell_rows(class_, around[1], around[0])[said]
+            around = np.stack([around[1], np.abs(flat[cell] - _ZERO)])
+
+    def bits(self, codes: Int[np.ndarray, "c k n"]) -> float:
+        """Return what a block of these codes takes."""
+        steps = codes[:, 0].T.reshape(-1)
+        places = np.arange(codes.size).reshape(codes.shape)
+        cells, classes = self._cells(codes), self._classes(codes)
+        around = np.pad(np.abs(cells - _ZERO), ((2, 0), (0, 0), (0, 0)))
+        rows, said = self._cell_rows(classes, around[1:-1], around[:-2]), classes >= 0
+        level_places, level_rows = self._level_parts(places)
+        return float(
+            self._cost[np.concatenate([[0], 1 + steps[:-1]]), steps].sum()
+            + self._cost[level_rows, codes.reshape(-1)[level_places]].sum()
+            + self._cost[rows[said], cells[said]].sum()
+        )
+
+    def _level_parts(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        stages = len(self._entries)
+        levels = places[:, 1 : 1 + stages]
+        rows = np.broadcast_to(self._first_level_row + np.arange(stages)[:, None], levels.shape)
+        return levels.reshape(-1), rows.reshape(-1)
+
+    def _cells(self, codes: Int[np.ndarray, "c k n"]) -> Int[np.ndarray, "l c f"]:
+        cells = codes[:, 1 + len(self._entries) :].reshape(len(codes), self._frames, len(self._bands), -1)
+        return cells.transpose(3, 1, 0, 2).reshape(-1, len(codes), len(self._bands))
+
+    def _classes(self, codes: Int[np.ndarray, "c k n"]) -> Int[np.ndarray, "l c f"]:
+        stages = len(self._entries)
+        levels = self._entries[np.arange(stages)[:, None, None], codes[:, 1 : 1 + stages].swapaxes(0, 1)].sum(axis=0)
+        levels = levels.reshape(*levels.shape[:2], self._frames, -1)  # [c, n, d, B]
+        classes = openness_class(openness(levels, codes[:, 0, :, None, None]))[..., self._bands]
+        return classes.transpose(1, 2, 0, 3).reshape(-1, len(codes), len(self._bands))
+
+    def _cell_rows(
+        self, classes: Int[np.ndarray, "*l c f"], before: Int[np.ndarray, "*l c f"], earlier: Int[np.ndarray, "*l c f"]
+    ) -> Int[np.ndarray, "*l c f"]:
+        """Return the rows of cells, given the magnitudes one and two frames before."""
+        near = 2 * (before + earlier)
+        near[..., 1:] += before[..., :-1]
+        near[..., :-1] += before[..., 1:]
+        neighbourhood = _NEIGHBOURHOOD[np.minimum(near, len(_NEIGHBOURHOOD) - 1)]
+        return self._first_cell_row + classes * _NUM_NEIGHBOURHOODS + neighbourhood
+
+    def fit(self, blocks: Iterable[Int[np.ndarray, "c k n"]]) -> UInt32[np.ndarray, "r a"]:
+        """Return tables counted from codes of training data, of various bitrates."""
+        counts = np.zeros(self.tables.shape)
+        for codes in blocks:
+            flat = codes.reshape(-1)
+            for places, rows in self.parts(codes):
+                np.add.at(counts, (rows, flat[places]), 1)
+        prior = self._prior()
+        first, cells = self._first_cell_row, slice(self._first_cell_row, None)
+        # Steps by how far they are from the one before, whatever that is.
+        moves = sum(np.bincount(np.arange(STEPS) - i + STEPS, counts[1 + i], 2 * STEPS) for i in range(STEPS))
+        for i in range(STEPS):
+            counts[1 + i] = moves[STEPS - i : 2 * STEPS - i]
+        counts[:first] += _PRIOR_COUNTS * prior[:first]
+        by_class = counts[cells].reshape(NUM_CLASSES, _NUM_NEIGHBOURHOODS, STEPS)
+        by_class[..., :-1] += by_class[..., -2::-1]  # both signs alike
+        mean = _shared(by_class.sum(axis=1) + _PRIOR_COUNTS * prior[cells][::_NUM_NEIGHBOURHOODS])
+        counts[cells] = (by_class + _CLASS_COUNTS * mean[:, None]).reshape(-1, STEPS)
+        return self._round(_shared(counts))
+
+    def _prior(self) -> np.ndarray:
+        """Return what is to be expected without data."""
+        flat = np.full((self._first_cell_row, STEPS), 1 / STEPS)
+        *_, share = cell_tables()
+        side = share[:, 1:] / 2
+        cells = np.concatenate([side[:, ::-1], share[:, :1], side, np.zeros((NUM_CLASSES, 1))], axis=1)
+        return np.concatenate([flat, np.repeat(cells, _NUM_NEIGHBOURHOODS, axis=0)])
+
+    @staticmethod
+    def _round(shares: np.ndarray) -> UInt32[np.ndarray, "r a"]:
+        return np.stack([round_to_total(row) for row in shares]).astype(np.uint32)
+
+
+def _shared(counts: np.ndarray) -> np.ndarray:
+    return counts / counts.sum(axis=-1, keepdims=True)
