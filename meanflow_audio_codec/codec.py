@@ -121,7 +121,7 @@ class Codec:
         self._silence = arrays.get("silence")
         if self._silence is None:
             silence = np.zeros((1, self._encode_window_samples), np.float32)
-            self._silence = self._encode_block(silence, self._block, 0.0)[0, :, self._block // 2]
+            self._silence = self._encode_block(silence, self._block, None)[0, :, self._block // 2]
         self._arrays = arrays | {"silence": self._silence}
         self.fingerprint = _fingerprint(config, self._arrays)
 
@@ -467,13 +467,18 @@ class Codec:
     def _encode_window_samples(self) -> int:
         return (self._block + 2 * self._encode_halo) * self.hop_length + self._tokenizer.samples_per_token
 
-    def _encode_block(self, audio: Float32[np.ndarray, "c n"], frames: int, kbps: float) -> Int32[np.ndarray, "c k l"]:
-        """Return the codes of the first `frames` of a block, in whose window `audio` is, of all channels."""
+    def _encode_block(
+        self, audio: Float32[np.ndarray, "c n"], frames: int, kbps: float | None
+    ) -> Int32[np.ndarray, "c k l"]:
+        """Return the codes of the first `frames` of a block, in whose window `audio` is, of all channels.
+
+        Without `kbps` they are all codebooks, or those of the widest cells.
+        """
         windows = [self._encode_window(self._params, self._scale, row) for row in audio]
         if not self._model.has_levels:
             codes = np.stack([np.asarray(codes).T for codes, _ in windows])
             return codes[:, : self._kept_for(kbps, len(audio)), :frames]
-        bits = kbps * 1000 / self.frame_rate * frames
+        bits = 0.0 if kbps is None else kbps * 1000 / self.frame_rate * frames
 
         def spread(fineness: int) -> Int32[np.ndarray, "c k l"]:
             """Give the first frames a finer step than the others, for a bitrate between those of whole steps."""

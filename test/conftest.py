@@ -64,7 +64,8 @@ def random_codec():
         for path, leaf in leaves:  # of unit gain, none at zero; 16 bits, as in a bundle
             gain = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 1.0
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            arrays[name] = (gain * rng.normal(size=leaf.shape)).astype(np.float16)
+            values = gain * rng.normal(size=leaf.shape)
+            arrays[name] = (np.round(256 * values) / 256 if "level" in name else values).astype(np.float16)
         return Codec(f"random_{seed}", config, arrays)
 
     return make

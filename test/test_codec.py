@@ -45,8 +45,14 @@ np.savez(taken, codes=codec.encode(arrays["audio"], 44100), audio=codec.decompre
 
 @pytest.fixture(scope="module")
 def codec(random_codec):
-    """Half of its codes are levels."""
-    return random_codec(latent_dim=4, level_stages=1)
+    """Of gain and shape, 1 to 6 kbps, one of which is the levels'."""
+    return random_codec(quantizer="gain_shape", level_stages=1, max_bits=48)
+
+
+@pytest.fixture(scope="module")
+def fsq(random_codec):
+    """8 codebooks of 0.25 kbps."""
+    return random_codec()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def bundle(codec, tmp_path_factory):
 
 def export(codec, path):
     """The codec as a file, with entropy tables."""
-    codec.export(path, bitstream.fit_tables(codec.encode(music(40_000), RATE)[None], codec.cardinality, contexts=True))
+    codec.export(path, codec.fit_tables([music(40_000)]))
     return path
 
 
@@ -70,8 +76,8 @@ def music(samples, channels=None, rate=RATE, seed=0):
     return audio if channels else audio[0]
 
 
-def stream_encode(codec, audio, size):
-    state, parts = codec.encode_start(len(audio)), []
+def stream_encode(codec, audio, size, kbps=None):
+    state, parts = codec.encode_start(len(audio), kbps), []
     for start in range(0, audio.shape[1], size):
         state, codes = codec.encode_step(state, audio[:, start : start + size])
         parts.append(codes)
@@ -119,7 +125,7 @@ def test_axes_and_frame_counts(codec):
     for shape in ((500,), (2, 500), (3, 2, 500), (0, 500), (2, 0)):
         codes = codec.encode(np.zeros(shape, np.float32), RATE)
         frames = -(-(shape[-1] + HOP // 2) // HOP) if shape[-1] else 0  # the MDCT needs half a frame more
-        assert codes.shape == (*shape[:-1], 8, frames) and codes.dtype == np.int32
+        assert codes.shape == (*shape[:-1], codec.num_codebooks, frames) and codes.dtype == np.int32
         assert codec.decode(codes).shape == (*shape[:-1], frames * HOP)
         assert codec.decode(codes, length=shape[-1]).shape == shape
 
@@ -130,7 +136,7 @@ def test_axes_and_frame_counts(codec):
 @pytest.mark.parametrize("size", CHUNKS)
 def test_streamed_equals_whole(codec, size):
     audio = music(3 * BLOCK_FRAMES * HOP + 777, channels=2)
-    codes = codec.encode(audio, RATE)
+    codes = stream_encode(codec, audio, 10**6)
     np.testing.assert_array_equal(stream_encode(codec, audio, size), codes)
     whole = stream_decode(codec, codes, 10**6)
     np.testing.assert_allclose(stream_decode(codec, codes, -(-size // HOP)), whole, rtol=0, atol=1e-5)
@@ -158,9 +164,9 @@ def test_a_batch_is_its_rows(codec):
         np.testing.assert_allclose(alone, decoded[place], rtol=0, atol=1e-5)
 
 
-def test_fewer_codebooks_are_the_first_ones(codec):
+def test_fewer_codebooks_are_the_first_ones(fsq):
     audio = music(3000)
-    np.testing.assert_array_equal(codec.encode(audio, RATE, 3), codec.encode(audio, RATE)[:3])
+    np.testing.assert_array_equal(fsq.encode(audio, RATE, kbps=0.99), fsq.encode(audio, RATE)[:3])
 
 
 def test_windows_equal_the_network_applied_once(codec):
@@ -171,9 +177,10 @@ def test_windows_equal_the_network_applied_once(codec):
     compand = (jnp.asarray(arrays["scale"]), config["tokens"]["exponent"], config["tokens"]["eps"])
     network = functools.partial(model.apply, {"params": codec._params})
 
-    def encode(audio):
+    def encode(audio, steps):
         tokens = tokenizer.tokenize(audio[None, :, None])
-        return network(scaling.normalize(tokens[:, : tokens.shape[1] // 2 * 2], *compand), method="encode")[1]
+        x = scaling.normalize(tokens[:, : tokens.shape[1] // 2 * 2], *compand)
+        return network(x, network(x, method="level_codes"), steps, method="shape_codes")
 
     def decode(codes):
         cond = network(network(codes, method="dequantize"), method="condition_on")
@@ -183,8 +190,10 @@ def test_windows_equal_the_network_applied_once(codec):
         return tokenizer.detokenize(scaling.denormalize(x, *compand), tokenizer.segment_samples(x.shape[1]), channels=1)
 
     own = codec.encode(audio, RATE)
-    codes = np.array(jax.jit(encode)(jnp.pad(audio, (before * HOP, after * HOP))))
     ours = slice(before, before + own.shape[1])
+    steps = np.zeros((1, before + 70 + after), np.int32)
+    steps[0, ours] = own[0]
+    codes = np.array(jax.jit(encode)(jnp.pad(audio, (before * HOP, after * HOP)), steps))
     np.testing.assert_array_equal(own, codes[0, ours].T)
     beyond = np.repeat(codes[:, 10:11], codes.shape[1], axis=1)
     beyond[:, ours] = codes[:, ours]
@@ -203,7 +212,7 @@ def test_another_network(random_codec):
     np.testing.assert_array_equal(stream_decode(codec, codes[:, :2], 7), decoded)
     for samples in (0, 1, codec.hop_length, 3 * codec.hop_length + 1):
         part = music(samples, channels=1)
-        file = codec.compress(part, 11_025, num_codebooks=2)
+        file = codec.compress(part, 11_025, kbps=0.7 * codec.bitrate)
         assert codec.decompress(file)[0].shape == part.shape
 
 
@@ -256,7 +265,7 @@ def test_noise_is_of_seed_and_channel(codec):
 def test_stereo_is_mid_and_side(codec):
     left, right = music(3000, channels=2)
     rows = np.stack([left + right, left - right]) / 2
-    mid, side = stream_decode(codec, codec.encode(rows, RATE), 10**6)[:, :3000]
+    mid, side = stream_decode(codec, stream_encode(codec, rows, 10**6), 10**6)[:, :3000]
     decoded, _ = codec.decompress(codec.compress(np.stack([left, right]), RATE))
     np.testing.assert_allclose(decoded, [mid + side, mid - side], rtol=0, atol=1e-5)
 
@@ -269,29 +278,59 @@ def test_a_path_is_its_samples(codec, tmp_path, suffix, rate, channels):
     assert codec.compress(path) == codec.compress(np.ascontiguousarray(audio.T), rate)
 
 
-def test_size_is_the_advertised_bitrate(codec):
-    """Within 1 %, header and framing apart; the codes of whole blocks, of several bitrates."""
+def test_size_is_the_advertised_bitrate(codec, bundle):
+    """Within 1 %, header and framing apart, with tables of a law and with fitted ones; silence needs no more."""
     frames = 4 * FILE_BLOCK_FRAMES
     audio = music(frames * HOP - HOP // 2, channels=2)
-    for kept in (1, 5, 8):
-        measured = bitstream.info(io.BytesIO(codec.compress(audio, RATE, num_codebooks=kept)))
+    for coder, kbps in ((codec, 4.0), (codec, 12.0), (Codec.load(bundle), 7.0)):
+        measured = bitstream.info(io.BytesIO(coder.compress(audio, RATE, kbps=kbps)))
         assert measured["frames"] == frames
-        assert measured["payload_kbps"] == pytest.approx(2 * codec.bitrate * kept / 8, rel=0.01)
+        assert 0.99 * kbps < measured["payload_kbps"] < 1.002 * kbps  # its last words
+    silence = bitstream.info(io.BytesIO(codec.compress(np.zeros_like(audio), RATE)))
+    assert silence["payload_kbps"] < 2.5  # the levels'
 
 
-def test_tables_of_a_bundle_save(random_codec, tmp_path):
-    """Of the latents of random weights; levels with random entries are harder to foretell."""
-    codec, audio = Codec.load(export(random_codec(), tmp_path / "small.npz")), music(20_000)
-    assert len(codec.compress(audio, RATE)) < 0.8 * len(codec.compress(audio, RATE, entropy=False))
+def test_size_of_codebooks_of_one_size(fsq):
+    frames = 2 * FILE_BLOCK_FRAMES
+    audio = music(frames * HOP - HOP // 2, channels=2)
+    for kept in (1, 5, 8):
+        measured = bitstream.info(io.BytesIO(fsq.compress(audio, RATE, kbps=0.5 * kept)))
+        assert measured["header"].num_codebooks == kept
+        assert measured["payload_kbps"] == pytest.approx(0.5 * kept, rel=0.01)
+
+
+def test_bits_go_where_there_is_most_to_say(codec):
+    """A loud stretch of a block has more cells than a quiet one, and a silent channel leaves its bits to the others."""
+    audio = music(BLOCK_FRAMES * HOP)
+    audio[: len(audio) // 2] *= 0.02
+    cells = codec.encode(audio, RATE, kbps=3)[2:] != 127
+    half = cells.shape[1] // 2
+    assert cells[:, half:].sum() > 2 * cells[:, : half - 1].sum()
+    alone = stream_encode(codec, audio[None], 10**6, kbps=3)
+    shared = stream_encode(codec, np.stack([audio, 0 * audio]), 10**6, kbps=6)
+    assert shared[0, 0].min() > alone[0, 0].max()  # a finer step
+
+
+def test_tables_of_a_bundle_save(fsq, tmp_path):
+    fitted, audio = Codec.load(export(fsq, tmp_path / "small.npz")), music(20_000)
+    assert len(fitted.compress(audio, RATE)) < 0.8 * len(fsq.compress(audio, RATE))
+    np.testing.assert_array_equal(fitted.encode(audio, RATE), fsq.encode(audio, RATE))
+    with pytest.raises(InputError, match="32 code frames"):
+        fsq.fit_tables([music(HOP)])
+
+
+def test_tables_of_gain_and_shape_make_the_step_finer(codec, bundle):
+    audio = music(20_000, seed=1)
+    own, fitted = (coder.encode(audio, RATE, kbps=3) for coder in (codec, Codec.load(bundle)))
+    assert fitted[0].mean() > own[0].mean() + 1
 
 
 def test_bundle(codec, bundle):
     loaded, again, audio = Codec.load(bundle), Codec.load(str(bundle)), music(20_000)
     assert loaded.name == "small" and loaded.fingerprint == again.fingerprint != codec.fingerprint
-    np.testing.assert_array_equal(loaded.encode(audio, RATE), codec.encode(audio, RATE))
-    coded, plain = loaded.compress(audio, RATE), loaded.compress(audio, RATE, entropy=False)
-    assert len(coded) < len(plain)
-    np.testing.assert_array_equal(again.decompress(coded)[0], loaded.decompress(plain)[0])
+    codes, coded = loaded.encode(audio, RATE), loaded.compress(audio, RATE)
+    np.testing.assert_array_equal(loaded.decode(codes), codec.decode(codes))
+    np.testing.assert_array_equal(again.decompress(coded)[0], loaded.decompress(coded)[0])
     with pytest.raises(InputError, match="fingerprint|load that codec"):
         codec.decompress(coded)
 
@@ -323,12 +362,10 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def test_codebooks_for(codec):
-    assert [codec.codebooks_for(kbps) for kbps in (0.25, 0.49, 0.5, 1.99, 2.0)] == [1, 1, 2, 7, 8]
-    assert codec.codebooks_for(3.0, channels=6) == 2
-    for kbps, channels in ((0.24, 1), (2.26, 1), (2.0, 9)):
+def test_bitrates_that_it_has_not_are_refused(codec):
+    for kbps, channels in ((0.99, 1), (6.1, 1), (5.9, 6), (36.1, 6)):
         with pytest.raises(InputError, match="choose a rate in between"):
-            codec.codebooks_for(kbps, channels)
+            codec.encode_start(channels, kbps)
 
 
 @pytest.mark.parametrize(
@@ -337,12 +374,12 @@ def test_codebooks_for(codec):
         (lambda codec: codec.encode(np.zeros(9, np.int16), RATE), "int16"),
         (lambda codec: codec.encode(np.float32(0), RATE), "give floats"),
         (lambda codec: codec.encode(np.full(9, np.nan, np.float32), RATE), "NaN"),
-        (lambda codec: codec.encode(np.zeros(9, np.float32), RATE, num_codebooks=9), "1 to 8"),
-        (lambda codec: codec.decode(np.zeros((8, 3), np.float32)), "float32"),
-        (lambda codec: codec.decode(np.full((8, 3), 4)), r"\[0, 4\)"),
-        (lambda codec: codec.decode(np.zeros((9, 3), int)), "1 to 8"),
-        (lambda codec: codec.decode(np.zeros((8, 3), int), nfe=0), "nfe=0"),
-        (lambda codec: codec.decode(np.zeros((8, 3), int), length=3 * HOP + 1), "length=193"),
+        (lambda codec: codec.encode(np.zeros(9, np.float32), RATE, kbps=9.0), "1 channels at 1 to 6 kbps"),
+        (lambda codec: codec.decode(np.zeros((66, 3), np.float32)), "float32"),
+        (lambda codec: codec.decode(np.full((66, 3), 256)), r"\[0, 256\)"),
+        (lambda codec: codec.decode(np.zeros((65, 3), int)), "65 codebooks: random_0 has 66"),
+        (lambda codec: codec.decode(np.zeros((66, 3), int), nfe=0), "nfe=0"),
+        (lambda codec: codec.decode(np.zeros((66, 3), int), length=3 * HOP + 1), "length=193"),
         (lambda codec: codec.compress(np.zeros(9, np.float32)), "sample_rate"),
         (lambda codec: codec.compress("nowhere.wav"), "nowhere.wav: no such file"),
         (lambda codec: codec.compress(__file__), "test_codec.py: .*WAV, FLAC"),

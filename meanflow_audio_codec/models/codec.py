@@ -209,7 +209,7 @@ class CodecModel(nn.Module):
     @property
     def bits(self) -> float:
         """Bits that a latent takes at most, before entropy coding where its codebooks are of one size."""
-        return self.max_bits if self.has_levels else self.num_codebooks * math.log2(self.cardinality)
+        return float(self.max_bits) if self.has_levels else self.num_codebooks * math.log2(self.cardinality)
 
     @property
     def gain_shape(self) -> GainShape:

@@ -128,7 +128,7 @@ def cell_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Coefficients over their gain are taken to have Student's t-distribution of 4 degrees of freedom and scale 0.93, as
     music's about have. The deviation of cell 0 is that of both signs together.
     """
-    v = np.concatenate([np.linspace(0, 20, 40_000, endpoint=False), np.geomspace(20, 20_000, 20_000)])
+    v = np.geomspace(1e-5, 20_000, 60_000)
     mass = (1 + (v / 0.93) ** 2 / 4) ** -2.5 * np.gradient(v)
     mass /= mass.sum()
     cells = np.arange(CELLS)

@@ -26,9 +26,9 @@ class Network:
     def __init__(self, decode=lambda audio, nfe: audio, losses=()):
         self.decode, self.losses, self.calls = decode, iter(losses), []
 
-    def reconstruct(self, state, batch, seeds, nfe, *num_codebooks):
+    def reconstruct(self, state, batch, seeds, nfe, *kept):
         audio = batch["audio"]
-        self.calls.append((len(audio), seeds.tolist(), nfe, *num_codebooks))
+        self.calls.append((len(audio), seeds.tolist(), nfe, *kept))
         decoded = self.decode(np.asarray(audio), nfe)
         return decoded, np.mean((decoded - audio) ** 2, axis=(1, 2))
 
@@ -47,9 +47,9 @@ def context(network, workdir="", channels=1, batch_size=2):
     return common.Context(predict_fns, examples, RATE, batch_size, workdir, None, None)
 
 
-def reconstruct(network, nfe=(1,), autoencoder="", num_clips=3, channels=1, num_codebooks=()):
+def reconstruct(network, nfe=(1,), autoencoder="", num_clips=3, channels=1, kept=()):
     there = context(network, channels=channels)
-    return dict(reconstruction.Evaluator(there, num_clips, 0.3, nfe, autoencoder, num_codebooks).run(STATE))
+    return dict(reconstruction.Evaluator(there, num_clips, 0.3, nfe, autoencoder, kept).run(STATE))
 
 
 def silence(audio, nfe):
@@ -132,7 +132,7 @@ def test_each_nfe_gets_its_own_scores_and_every_clip_counts():
 
 def test_lower_bitrates_have_groups_of_their_own():
     network = Network(lambda audio, nfe: audio + 1)
-    scores = reconstruct(network, num_codebooks=(8, 16))
+    scores = reconstruct(network, kept=(8, 16))
     for group in ("reconstruction", "reconstruction_8", "reconstruction_16"):
         np.testing.assert_allclose(scores[f"{group}/x_mse_nfe1"], 1, rtol=1e-5)
     assert [kept for _, _, _, *kept in network.calls] == [[], [], [8], [8], [16], [16]]

@@ -193,21 +193,23 @@ def test_a_label_without_labels_is_refused_by_name():
 
 RVQ = {"quantizer": "rvq", "num_quantizers": 5, "codebook_size": 16}
 BANDS = (0, 0, 0, 1, 1, 2, 2, 2)
-LEVELS = {"bands": BANDS, "level_stages": 2, "fsq_levels": 4}
-CODED = {"fsq": {"quantizer": "fsq", "fsq_levels": 6}, "rvq": RVQ, "fsq with levels": LEVELS}
+GAIN_SHAPE = {"bands": BANDS, "quantizer": "gain_shape", "level_stages": 2, "max_bits": 96}
+CODED = {"fsq": {"quantizer": "fsq", "fsq_levels": 6}, "rvq": RVQ, "gain_shape": GAIN_SHAPE}
 
 
 def test_codebooks_are_known_without_parameters():
-    """Bits of a latent are num_codebooks * log2(cardinality); dropout keeps each number of rvq's, eighths of fsq's."""
+    """And how much dropout keeps: each number of rvq's, eighths of fsq's, of what gain and shape adds to its levels."""
     fsq, uneven, few = tiny(latent_dim=64, fsq_levels=4), tiny(latent_dim=20), tiny(latent_dim=3)
     rvq, none = tiny(**RVQ), tiny(quantizer="none")
     assert [(m.num_codebooks, m.cardinality) for m in (fsq, rvq, none)] == [(64, 4), (5, 16), (0, 1)]
-    assert fsq.bitrate_steps == tuple(range(8, 65, 8))
-    assert uneven.bitrate_steps == (3, 5, 8, 10, 13, 15, 18, 20)
-    assert (few.bitrate_steps, rvq.bitrate_steps) == ((1, 2, 3), (1, 2, 3, 4, 5))
-    with_levels = tiny(latent_dim=20, **LEVELS)
-    assert (with_levels.num_level_codebooks, with_levels.num_codebooks) == (8, 28)
-    assert with_levels.bitrate_steps == (8, 11, 13, 16, 18, 21, 23, 26, 28)
+    assert fsq.kept_steps == tuple(range(8, 65, 8))
+    assert uneven.kept_steps == (3, 5, 8, 10, 13, 15, 18, 20)
+    assert (few.kept_steps, rvq.kept_steps) == ((1, 2, 3), (1, 2, 3, 4, 5))
+    gain_shape = tiny(**GAIN_SHAPE)
+    assert (gain_shape.num_codebooks, gain_shape.cardinality) == (1 + 2 + 2 * FEATURES, 256)
+    assert gain_shape.kept_steps == tuple(range(16, 97, 10))
+    assert [m.bits for m in (fsq, rvq, gain_shape)] == [128, 20, 96]
+    assert [m.kept_range for m in (fsq, rvq, gain_shape)] == [(1, 64), (1, 5), (16, 96)]
 
 
 @pytest.fixture(scope="module", params=CODED)
@@ -217,50 +219,56 @@ def coded(request):
     return model, random_params(shapes_of(model, x)), x
 
 
+def some_kept(model):
+    """All, and two less of it."""
+    return (*model.kept_steps[:2], model.kept_range[1])
+
+
 def test_decoding_the_codes_gives_the_encoders_latents(coded):
-    """Of all codebooks, of fewer, of fewer in each clip; given all codes, or those that are kept."""
+    """Of the whole code, of less, of less in each clip; of fsq and rvq given all codes, or those that are kept."""
     model, params, x = coded
     encode = jax.jit(lambda params, kept: model.apply({"params": params}, x, kept, method="encode"))
-    count = model.num_codebooks
+    decode = lambda codes: model.apply({"params": params}, codes, method="dequantize")
     whole, codes, _ = encode(params, None)
     assert codes.min() >= 0 and codes.max() < model.cardinality
-    by_clip, same, _ = encode(params, jnp.array([1, 2, count]))
-    np.testing.assert_array_equal(same, codes)
-    for clip, kept in enumerate((1, 2, count)):
-        latents, same, _ = encode(params, kept)
-        np.testing.assert_array_equal(same, codes)
+    by_clip, codes_by_clip, _ = encode(params, jnp.array(some_kept(model)))
+    for clip, kept in enumerate(some_kept(model)):
+        latents, some, _ = encode(params, kept)
+        np.testing.assert_array_equal(codes_by_clip[clip], some[clip])
         np.testing.assert_array_equal(by_clip[clip], latents[clip])
-        for given in (codes, codes[..., :kept]):
-            decoded = model.apply({"params": params}, given, kept, method="dequantize")
-            if model.quantizer == "fsq":
-                np.testing.assert_array_equal(decoded, latents)
-                unsaid = slice(kept, model.latent_dim)
-                if model.level_stages:  # of which the first codes say nothing but levels
-                    unsaid = slice(0, model.downsample * FEATURES if kept < model.num_level_codebooks else 0)
-                np.testing.assert_array_equal(decoded[..., unsaid], 0)
-            np.testing.assert_allclose(decoded, latents, rtol=0, atol=1e-6)
+        if not model.has_levels:
+            np.testing.assert_array_equal(some, codes)
+            some = some[..., :kept]
+        if model.quantizer == "fsq":
+            np.testing.assert_array_equal(decode(some), latents)
+            np.testing.assert_array_equal(latents[..., kept:], 0)
+        np.testing.assert_allclose(decode(some), latents, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(latents, whole)  # all are all
 
 
 def test_what_the_decoder_knows_comes_from_the_codes(coded):
-    """condition = upsample(dequantize(codes)), and fewer codebooks tell it something else."""
+    """condition = upsample(dequantize(codes)), and less of the code tells it something else."""
     model, params, x = coded
     apply = functools.partial(model.apply, {"params": params})
-    condition = jax.jit(lambda kept: apply(x, num_codebooks=kept, method="condition")[0])
+    condition = jax.jit(lambda kept: apply(x, kept=kept, method="condition")[0])
     from_codes = jax.jit(lambda codes: apply(apply(codes, method="dequantize"), method="condition_on"))
-    _, codes, _ = apply(x, method="encode")
-    np.testing.assert_allclose(from_codes(codes), condition(None), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(from_codes(codes[..., :2]), condition(2), rtol=1e-5, atol=1e-5)
-    assert np.abs(condition(2) - condition(None)).max() > 0.1
+    few = some_kept(model)[1]
+    for kept in (None, few):
+        _, codes, _ = apply(x, kept, method="encode")
+        codes = codes if model.has_levels else codes[..., :kept]
+        np.testing.assert_allclose(from_codes(codes), condition(kept), rtol=1e-5, atol=1e-5)
+    assert np.abs(condition(few) - condition(None)).max() > 0.1
 
 
-@pytest.mark.parametrize("kept", [0, -1, 6])
-def test_a_number_of_codebooks_that_it_has_not_is_refused(kept):
-    model, x = tiny(**RVQ), jnp.zeros((1, FRAMES, FEATURES))
+@pytest.mark.parametrize(
+    ("fields", "kept", "message"),
+    [(RVQ, 0, "1 to 5 codebooks"), (RVQ, 6, "1 to 5 codebooks"), (GAIN_SHAPE, 97, "16 to 96 bits a latent")],
+)
+def test_more_than_it_has_cannot_be_kept(fields, kept, message):
+    model, x = tiny(**fields), jnp.zeros((1, FRAMES, FEATURES))
     params = shapes_of(model, x)
-    for method, given in (("encode", x), ("dequantize", jnp.zeros((1, 4, 5), jnp.int32))):
-        with pytest.raises(InputError, match=f"num_codebooks={kept}: this model has 5"):
-            jax.eval_shape(lambda params: model.apply({"params": params}, given, kept, method=method), params)  # noqa: B023
+    with pytest.raises(InputError, match=f"kept={kept}: this model has {message}"):
+        jax.eval_shape(lambda params: model.apply({"params": params}, x, kept, method="encode"), params)
 
 
 def test_without_a_quantizer_there_is_nothing_to_decode_or_drop():
@@ -337,8 +345,8 @@ def test_velocity_head_leaves_the_average_velocity_as_it_is():
 
 
 def test_gain_and_shape_are_coded_apart():
-    """With entries that hit the levels, what is left to the flow has level 1, and louder tokens change levels alone."""
-    model, x = tiny(**LEVELS), normal((1, FRAMES, FEATURES))
+    """With entries that hit the levels, what is left to the flow has level 1; louder tokens have the same openness."""
+    model, x = tiny(**GAIN_SHAPE), normal((1, FRAMES, FEATURES))
     params = model.init(jax.random.key(0), x)["params"]
     levels = jnp.round(model.gain_shape.levels(x) * 256) / 256
     entries = np.full((2, 256, 6), 50.0, np.float32)  # out of reach
@@ -347,12 +355,11 @@ def test_gain_and_shape_are_coded_apart():
     params["level_quantizer"] = {"codebook": jnp.asarray(entries)}
     apply = functools.partial(model.apply, {"params": params})
     _, codes, _ = apply(x, method="encode")
-    spelt = [[0, 0, 0, i, 0, 0, 1, 3] for i in range(4)]  # 7 is 13 in base 4
-    np.testing.assert_array_equal(codes[0, :, :8], spelt)
+    np.testing.assert_array_equal(codes[0, :, 1:3], [[i, 7] for i in range(4)])
     _, louder, _ = apply(2 * x, method="encode")
-    np.testing.assert_array_equal(louder[0, :, :8], [[1, 2, 1, i, 0, 0, 1, 3] for i in range(4)])  # 100 is 1210
-    np.testing.assert_array_equal(louder[0, :, 8:], codes[0, :, 8:])
-    cond, _ = apply(x, num_codebooks=8, method="condition")  # the levels' alone
+    np.testing.assert_array_equal(louder[0, :, 1:3], [[100 + i, 7] for i in range(4)])
+    assert abs(int(louder[0, 0, 0]) - (int(codes[0, 0, 0]) - round(0.69 * 16 * 166 / 256))) <= 1
+    cond, _ = apply(x, kept=16, method="condition")  # the levels' alone
     w = model.to_flow(x, cond)
     np.testing.assert_allclose(model.gain_shape.levels(w), 0.0, atol=0.01)
     np.testing.assert_allclose(model.from_flow(w, cond), x, rtol=1e-5, atol=1e-6)
@@ -360,37 +367,33 @@ def test_gain_and_shape_are_coded_apart():
 
 def test_what_the_code_says_is_no_longer_the_flows():
     """The flow's data are x / gain less what is known of it, over the deviation left; both in the latents."""
-    model, x = tiny(**LEVELS), normal((2, FRAMES, FEATURES))
+    model, x = tiny(**GAIN_SHAPE), normal((2, FRAMES, FEATURES))
     params = model.init(jax.random.key(0), x)["params"]
     apply = functools.partial(model.apply, {"params": params})
     cond, _ = apply(x, method="condition")
-    latents, _, _ = apply(x, method="encode")
+    latents, codes, _ = apply(x, method="encode")
     size = model.downsample * FEATURES
     known, deviation = (latents[..., i : i + size].reshape(x.shape) for i in (0, size))
     gain = model.gain_shape.gain(model.gain_shape.of_frames(latents[..., 2 * size :]))
-    assert (np.asarray(known) != 0).sum() == (np.asarray(deviation) != 1).sum() > 0
+    cells = np.asarray(codes[..., 3:]).reshape(x.shape) - 127
+    np.testing.assert_array_equal(np.sign(known), np.sign(cells))
+    assert 0 < (cells != 0).mean() < 1
     np.testing.assert_allclose(model.to_flow(x, cond), (x / gain - known) / deviation, rtol=1e-4, atol=1e-5)
     from_flow = model.from_flow(jnp.zeros_like(x), cond)  # the middle of what the code leaves possible
     np.testing.assert_allclose(from_flow, known * gain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
-        ({"quantizer": "none"}, "levels are part of a code"),
-        ({"quantizer": "rvq"}, "levels are part of a code"),
-        ({"conditioning": "none"}, "levels are part of a code"),
-        ({"fsq_levels": 6}, "codes of 6 values cannot spell 256 entries of levels in a few digits; choose 2, 4 or 16"),
+        ({"conditioning": "none"}, "model.quantizer: gain_shape is a code; choose conditioning latent"),
+        ({"max_bits": 16}, "model.max_bits is 16, which 2 level_stages take; choose more than 16"),
+        ({"level_stages": 0}, "model.level_stages is 0; choose 1 or more"),
     ],
 )
-def test_levels_that_no_code_can_hold_are_refused(fields, message):
-    with pytest.raises(InputError, match=f"model.level_stages: {message}"):
-        shapes_of(tiny(**(LEVELS | fields)), jnp.zeros((1, FRAMES, FEATURES)))
-
-
-def test_more_codes_than_there_are_cells_are_refused():
-    with pytest.raises(InputError, match="model.latent_dim is 65; with level_stages choose up to 64"):
-        shapes_of(tiny(**(LEVELS | {"latent_dim": 65})), jnp.zeros((1, FRAMES, FEATURES)))
+def test_a_code_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        shapes_of(tiny(**(GAIN_SHAPE | fields)), jnp.zeros((1, FRAMES, FEATURES)))
 
 
 # --- at the start

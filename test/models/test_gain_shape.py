@@ -1,4 +1,4 @@
-"""gain_shape.py: levels, cells, and codes that go where most is open."""
+"""gain_shape.py: levels, widths that both sides agree on, cells, and what they tell."""
 
 import jax
 import jax.numpy as jnp
@@ -7,194 +7,142 @@ import pytest
 from scipy import integrate, stats
 
 from meanflow_audio_codec.models import gain_shape
-from meanflow_audio_codec.models.gain_shape import DEPTH, GainShape, cell_tables
+from meanflow_audio_codec.models.gain_shape import CELLS, NUM_CLASSES, STEPS, GainShape, cell_tables
 from meanflow_audio_codec.models.quantizers import LEVEL_STEP
 
 BANDS = (0, 0, 1, 2, 2, 2, 0, 1)  # as of two channels, say
 FRAMES, FEATURES, NUM_BANDS = 2, len(BANDS), 3
-CARDINALITIES = (2, 4, 16)
+CODE = GainShape(BANDS, FRAMES)
 
 
-def draw_levels(seed=0, ties=False):
-    """Whole steps, [2, 5, frames * bands]; few different ones with `ties`."""
-    rng = np.random.default_rng(seed)
-    levels = rng.integers(-3, 3, (2, 5, FRAMES * NUM_BANDS)) if ties else rng.normal(size=(2, 5, FRAMES * NUM_BANDS))
+def draw_levels(seed=0, spread=1.0, shape=(2, 5)):
+    """Whole steps, [2, 5, frames * bands]."""
+    levels = spread * np.random.default_rng(seed).normal(size=(*shape, FRAMES * NUM_BANDS))
     return jnp.asarray(np.round(levels / LEVEL_STEP) * LEVEL_STEP, jnp.float32)
 
 
-def draw_tokens(levels, code, seed=1):
+def draw_tokens(levels, seed=1):
     """Tokens of these levels with the tails that the tables are made for."""
-    rng = np.random.default_rng(seed)
-    gain = code.gain(code.of_frames(levels))
-    return gain * jnp.asarray(0.93 * rng.standard_t(4, gain.shape), jnp.float32)
+    gain = CODE.gain(CODE.of_frames(levels))
+    return gain * jnp.asarray(0.93 * np.random.default_rng(seed).standard_t(4, gain.shape), jnp.float32)
 
 
-def magnitude_cell(v, count):
-    """The number of |v|'s cell among `count` and its bounds, from the companding law."""
-    cell = min(count - 1, int(count * abs(v) ** 1.5 / (abs(v) ** 1.5 + 1.3**1.5)))
-    bounds = [1.3 * (u / (1 - u)) ** (2 / 3) if u < 1 else np.inf for u in (cell / count, (cell + 1) / count)]
-    return cell, bounds
+def steps(step, levels):
+    return jnp.full(levels.shape[:2], step)
 
 
-def number_of(told, cardinality):
-    """The number of the cell that the codes `told` lead to."""
-    number = 0
-    for code in told:
-        number = number * cardinality + 1 + code
-    return number
-
-
-def slow_codes(v, levels, cardinality, count, share=0.0):
-    """The codes of one latent's coefficients v [frame * feature] over their gain, one by one, and what they say."""
-    means, deviations = cell_tables(cardinality)
-    loudness = np.log(np.sqrt(means**2 + np.exp(deviations * LEVEL_STEP) ** 2)) / LEVEL_STEP
-    told, codes, moved = [[] for _ in v], [], [0] * len(v)
-    for _ in range(count):
-        best = None
-        for i in range(len(v)):
-            if len(told[i]) < DEPTH:
-                band = BANDS[i % FEATURES]
-                steps = round(levels[i // FEATURES * NUM_BANDS + band] / LEVEL_STEP) - gain_shape._TILT * band
-                steps += moved[i] + deviations[number_of(told[i], cardinality)]
-                if best is None or steps > best[0]:
-                    best = steps, i
-        i, depth = best[1], len(told[best[1]])
-        cell, _ = magnitude_cell(v[i] * np.exp(-moved[i] * LEVEL_STEP), cardinality ** (depth + 1) // 2)
-        if depth:
-            code = cell % cardinality
-        else:
-            code = cardinality // 2 + (cell if v[i] >= 0 else -1 - cell)
-        before = loudness[number_of(told[i], cardinality)]
-        told[i].append(code)
-        codes.append(code)
-        after = loudness[number_of(told[i], cardinality)]
-        for j in range(len(v)):
-            frames, features = abs(i // FEATURES - j // FEATURES), abs(i % FEATURES - j % FEATURES)
-            part = {(1, 0): 1.0, (2, 0): 0.5, (0, 1): 0.5, (1, 1): 0.5}.get((frames, features))
-            if part and not told[j]:
-                moved[j] += round(part * share * after) - round(part * share * before)
-    numbers = [number_of(t, cardinality) for t in told]
-    return codes, np.exp(np.array(moved) * LEVEL_STEP) * [means[numbers], np.exp(deviations[numbers] * LEVEL_STEP)]
+def slow_cell(x, level, band, step):
+    """The cell of one coefficient and the width of those near 0, from their definitions."""
+    ratio = (
+        int(np.floor(round(level / LEVEL_STEP) * gain_shape.SHARE / 256)) - gain_shape.TILT * band - 16 * (64 - step)
+    )
+    width = np.exp(level - ratio * LEVEL_STEP)
+    if ratio // 64 < -10:
+        return 0, width
+    v = abs(x) / width
+    v = v if v < 16 else 16 * (1 + np.log(v / 16))
+    return int(np.sign(x)) * min(CELLS - 1, int(v + 0.4)), width
 
 
 def test_levels_are_the_rms_of_each_band_and_frame():
     """In nepers, frame after frame of a latent; silence is at the floor."""
     x = np.random.default_rng(0).normal(size=(2, 4, FEATURES)).astype(np.float32)
     x[1, 3] = 0.0
-    levels = GainShape(BANDS, FRAMES, 4, 4).levels(jnp.asarray(x)).reshape(2, 4, NUM_BANDS)
+    levels = CODE.levels(jnp.asarray(x)).reshape(2, 4, NUM_BANDS)
     for band in range(NUM_BANDS):
         inside = x[..., np.array(BANDS) == band]
         expected = np.log(np.sqrt((inside**2).mean(-1) + gain_shape.LEVEL_FLOOR**2))
         np.testing.assert_allclose(levels[..., band], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cardinality", CARDINALITIES)
-def test_cells_are_nested_intervals_of_the_companding_law(cardinality):
-    """Mean and deviation are those of Student's law between the bounds, by quadrature; negative cells mirror."""
-    means, deviations = cell_tables(cardinality)
-    law = stats.t(4, scale=0.93)
-    rng = np.random.default_rng(0)
-    assert len(means) == len(deviations) == sum(cardinality**depth for depth in range(DEPTH + 1))
-    assert (means[0], deviations[0]) == (0, 0)
-    for v in (*rng.standard_t(3, 8), 60.0, -60.0, 1e-3):
-        number = 0
-        for depth in range(1, DEPTH + 1):
-            count = cardinality**depth // 2
-            cell, (low, high) = magnitude_cell(v, count)
-            below = cardinality ** (depth - 1)
-            first = cardinality // 2 + (cell // below if v > 0 else -1 - cell // below)
-            number = sum(cardinality**d for d in range(depth)) + first * below + cell % below
-            high = min(high, 1e4)
-            nodes = np.geomspace(max(low, 1e-4), high, 20001)
-            moments = [integrate.simpson(law.pdf(nodes) * nodes**power, x=nodes) for power in range(3)]
-            mean = moments[1] / moments[0]
-            deviation = np.sqrt(moments[2] / moments[0] - mean**2)
-            assert means[number] == pytest.approx(np.sign(v) * mean, rel=0.02, abs=2e-4)
-            assert deviations[number] * LEVEL_STEP == pytest.approx(np.log(deviation), abs=0.1)
+@pytest.mark.parametrize("step", [0, 40, 64, 90, 140, 255])
+def test_cells_are_those_of_a_quantizer_with_a_dead_zone(step):
+    levels = draw_levels()
+    x = draw_tokens(levels)
+    q = np.asarray(jax.jit(CODE.quantize)(x, levels, steps(step, levels)))
+    by_frame = np.asarray(CODE.of_frames(levels))
+    for place in np.ndindex(*q.shape):
+        band = BANDS[place[2]]
+        cell, _ = slow_cell(float(x[place]), float(by_frame[place[:2]][band]), band, step)
+        assert q[place] == cell
+    assert np.abs(q).max() < CELLS and (step > 0 or not q.any()) and (step < 255 or np.median(np.abs(q)) == CELLS - 1)
 
 
-@pytest.mark.parametrize("cardinality", CARDINALITIES)
-@pytest.mark.parametrize(("ties", "share"), [(False, 0.0), (True, 0.0), (False, 0.4), (True, 0.25)])
-def test_each_code_goes_to_the_coefficient_of_which_most_is_open(cardinality, ties, share):
-    """By plain search; equals in the order of their places. To the last code that there is."""
-    levels = draw_levels(ties=ties)
-    code = GainShape(BANDS, FRAMES, DEPTH * FRAMES * FEATURES, cardinality, share)
-    x = draw_tokens(levels, code)
-    codes = np.asarray(code.encode(x, levels).codes)
-    v = np.asarray(x / code.gain(code.of_frames(levels))).reshape(2, 5, -1)
-    for kept in (FEATURES, code.num_codes):
-        said = np.stack(
-            [np.asarray(a).reshape(2, 5, -1) for a in code.known(code.decode(jnp.asarray(codes), levels), kept)]
-        )
-        for index in ((0, 0), (1, 3)):
-            expected, what = slow_codes(v[index], np.asarray(levels[index]), cardinality, kept, share)
-            assert codes[index][:kept].tolist() == expected
-            np.testing.assert_allclose(said[:, *index], what, rtol=1e-4)
+def test_loud_bands_and_high_ones_have_wider_cells():
+    """By 90 of the 256 steps by which they are louder, and by TILT; a finer step by 1/16 neper, everywhere."""
+    levels = np.array([0, 256, 256], np.int32)
+    low, loud, high = levels - gain_shape.openness(levels, np.array([64]))
+    assert (low, loud, high) == (0, 90 + gain_shape.TILT, 90 + 2 * gain_shape.TILT)
+    finer = gain_shape.openness(levels, np.array([65])) - gain_shape.openness(levels, np.array([64]))
+    np.testing.assert_array_equal(finer, 16)
 
 
-@pytest.mark.parametrize("cardinality", CARDINALITIES)
-def test_what_comes_back_is_off_by_the_deviation_that_is_named(cardinality):
-    """Over many coefficients of the law: of each number of codes, none among them."""
-    code = GainShape(tuple(np.repeat(range(4), 64).tolist()), 1, 300, cardinality)
-    levels = jnp.asarray(np.tile(np.array([2.0, -1.0, 0.5, 2.0]), (1, 400, 1)), jnp.float32)
-    x = draw_tokens(levels, code)
-    said = code.encode(x, levels)
-    codes = said.codes
-    assert codes.shape == (1, 400, 300) and codes.min() >= 0 and codes.max() < cardinality
-    known, deviation = (np.asarray(a) for a in code.known(said))
-    w = (np.asarray(x / code.gain(code.of_frames(levels))) - known) / deviation
-    level = lambda w: np.sqrt(np.mean(np.clip(w, -10, 10) ** 2))
-    assert level(w[known != 0]) == pytest.approx(1.0, abs=0.1)
-    assert level(w[known == 0]) == pytest.approx(0.93 * np.sqrt(2), abs=0.1)  # the law's; levels are to give 1
-    assert np.mean(w[known != 0]) == pytest.approx(0.0, abs=0.05)
-    # The bits are where they pay: what is left over is far below what as many coefficients told once would leave.
-    gain = np.asarray(code.gain(code.of_frames(levels)))
-    assert np.sum((gain * deviation * w) ** 2) < {2: 0.3, 4: 0.1, 16: 0.01}[cardinality] * np.sum(np.asarray(x) ** 2)
+def test_openness_is_the_same_in_every_program():
+    """Numpy, as the entropy coder has it, and the network, compiled or not."""
+    levels = draw_levels(spread=3.0)
+    step = jnp.asarray(np.random.default_rng(2).integers(0, STEPS, levels.shape[:2]))
+    own = np.asarray(CODE.openness(levels, step))
+    np.testing.assert_array_equal(jax.jit(CODE.openness)(levels, step), own)
+    whole = np.round(np.asarray(levels) / LEVEL_STEP).astype(np.int32).reshape(2, 5, FRAMES, NUM_BANDS)
+    in_numpy = gain_shape.openness(whole, np.asarray(step)[..., None, None])
+    np.testing.assert_array_equal(in_numpy.reshape(own.shape), own)
+    classes = gain_shape.openness_class(own)
+    assert classes.min() == -1 and classes.max() == NUM_CLASSES - 1
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_kept_codes_are_the_first_ones(share):
-    code, levels = GainShape(BANDS, FRAMES, 12, 4, share), draw_levels()
-    said = code.encode(draw_tokens(levels, code), levels)
-    few = [code.known(code.decode(said.codes[..., :kept], levels)) for kept in (0, 5)]
-    for kept, expected in zip((0, 5), few, strict=True):
-        for one, other in zip(code.known(said, kept), expected, strict=True):
-            np.testing.assert_array_equal(one, other)
-    by_clip = code.known(said, jnp.array([0, 5]))
-    for i, expected in enumerate(few):
-        for one, other in zip(by_clip, expected, strict=True):
-            np.testing.assert_array_equal(one[i], other[i])
-    assert not np.any(few[0][0]) and np.all(few[0][1] == 1)
-    assert 0 < np.sum(few[1][0] != 0) <= 5 * 10
+@pytest.mark.parametrize("number", [0, 9, 18, NUM_CLASSES - 1])
+def test_tables_are_the_moments_of_the_law(number):
+    """Of Student's law between the bounds of a cell, by quadrature."""
+    means, deviations, shares = (table[number] for table in cell_tables())
+    law, ratio = stats.t(4, scale=0.93), np.exp((number - 10 + 0.5) / 4)
+    assert shares.sum() == pytest.approx(1.0, rel=1e-5)
+    for cell in (0, 1, 2, 5, 16, 30):
+        low, high = (16 * np.exp(b / 16 - 1) if b > 16 else b for b in (cell - 0.4, cell + 0.6))
+        nodes = np.linspace(max(low, 0), high, 2001) / ratio
+        share, first, second = (integrate.simpson(2 * law.pdf(nodes) * nodes**p, x=nodes) for p in range(3))
+        assert shares[cell] == pytest.approx(share, rel=0.02, abs=1e-6)
+        if share < 1e-4:
+            continue
+        mean = first / share * ratio if cell else 0.0
+        assert means[cell] == pytest.approx(mean, rel=0.01)
+        assert deviations[cell] == pytest.approx(np.sqrt(second / share * ratio**2 - mean**2), rel=0.03)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_codes_are_the_same_in_every_program(share):
-    """One by one, in a batch, compiled or not: steps are whole numbers, so nothing depends on their rounding."""
-    code, levels = GainShape(BANDS, FRAMES, 20, 4, share), draw_levels(ties=True)
-    x = draw_tokens(levels, code)
-    said = code.encode(x, levels)
-    whole, (known, _) = np.asarray(said.codes), code.known(said)
-    np.testing.assert_array_equal(jax.jit(code.encode)(x, levels).codes, whole)
-    for row, latent in np.ndindex(2, 5):
-        frames = slice(latent * FRAMES, (latent + 1) * FRAMES)
-        one = levels[row, latent][None, None]
-        np.testing.assert_array_equal(code.encode(x[row : row + 1, frames], one).codes[0, 0], whole[row, latent])
-        alone, _ = code.known(code.decode(jnp.asarray(whole[row, latent][None, None]), one))
-        np.testing.assert_array_equal(alone[0], known[row, frames])
+@pytest.mark.parametrize("step", [50, 70, 100])
+def test_what_comes_back_is_off_by_the_deviation_that_is_named(step):
+    levels = draw_levels(shape=(2, 2000))
+    x = draw_tokens(levels)
+    q = CODE.quantize(x, levels, steps(step, levels))
+    known, deviation = (np.asarray(a) for a in CODE.known(q, levels, steps(step, levels)))
+    w = (np.asarray(x / CODE.gain(CODE.of_frames(levels))) - known) / deviation
+    said, q = deviation != 1, np.asarray(q)
+    for part in (q == 0, q != 0):
+        assert np.sqrt(np.mean(np.clip(w[part & said], -10, 10) ** 2)) == pytest.approx(1.0, abs=0.1)
+    assert np.mean(w[q > 0]) == pytest.approx(0.0, abs=0.1) and not known[q == 0].any()
+    assert not known[~said].any() and (step > 50 or not said.all())
 
 
-def test_neighbours_find_what_sounds_in_bursts():
-    """Coefficients loud in company, at random places: as many codes leave less of them."""
-    rng = np.random.default_rng(0)
-    loud = np.exp(2 * rng.normal(size=(1, 200, 1, 16)) * (rng.random((1, 200, 1, 16)) < 0.3))
-    x = jnp.asarray(loud * rng.normal(size=(1, 200, 4, 16)), jnp.float32).reshape(1, 800, 16)
-    left = []
-    for share in (0.0, 0.25):
-        code = GainShape((0,) * 16, 4, 32, 4, share)
-        levels = jnp.round(code.levels(x) / LEVEL_STEP) * LEVEL_STEP
-        known, deviation = code.known(code.encode(x, levels))
-        shape = np.asarray(x / code.gain(code.of_frames(levels)))
-        left.append(np.mean((shape - known) ** 2))
-        assert np.sqrt(np.mean(np.clip((shape - known) / deviation, -10, 10) ** 2)) == pytest.approx(1.0, abs=0.3)
-    assert left[1] < 0.9 * left[0], left
+def test_bits_are_the_entropy_of_the_cells():
+    """Of the law, by class; a finer step takes more, and nothing is said of what is far below."""
+    levels = draw_levels(shape=(2, 2000), spread=0.3)
+    x = draw_tokens(levels)
+    for step in (50, 70, 90):
+        q = np.asarray(CODE.quantize(x, levels, steps(step, levels)))
+        classes = np.asarray(gain_shape.openness_class(CODE.openness(levels, steps(step, levels))))
+        classes = classes[..., np.array(BANDS)]
+        spent = 0.0
+        for number in np.unique(classes[classes >= 0]):
+            cells = q[classes == number]
+            share = np.unique(cells, return_counts=True)[1] / len(cells)
+            spent -= len(cells) * np.sum(share * np.log2(share))
+        assert np.mean(CODE.bits(levels, steps(step, levels))) == pytest.approx(spent / 4000, rel=0.03)
+
+
+def test_step_for_is_the_finest_within_the_bits():
+    levels = draw_levels(spread=2.0)
+    for bits in (2, 5, 20, 30):
+        step = CODE.step_for(levels, jnp.array([bits, 2 * bits]))
+        assert (np.asarray(step) == np.asarray(step)[:, :1]).all()  # one for all latents of a clip
+        allowed = np.array([bits, 2 * bits])
+        assert (np.asarray(CODE.bits(levels, step)) <= allowed).all()
+        assert (np.asarray(CODE.bits(levels, step + 1)) > allowed).all()

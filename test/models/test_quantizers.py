@@ -106,7 +106,7 @@ def test_dimensions_that_are_not_kept_are_zero_and_learn_nothing(levels):
 
 def test_draws_are_shares_and_uniform():
     """40,000 clips: 30 % keep any of three numbers alike, the others all."""
-    draw = functools.partial(quantizers.draw_num_codebooks, rows=40_000, choices=(3, 5, 8))
+    draw = functools.partial(quantizers.draw_kept, rows=40_000, choices=(3, 5, 8))
     counts = np.bincount(draw(jax.random.key(0), dropout=0.3), minlength=9) / 40_000
     np.testing.assert_allclose(counts, [0, 0, 0, 0.1, 0, 0.1, 0, 0, 0.8], atol=0.006)  # 3 deviations
     np.testing.assert_array_equal(draw(jax.random.key(0), dropout=0.3), draw(jax.random.key(0), dropout=0.3))
@@ -263,10 +263,10 @@ def test_fitted_levels_are_those_of_the_data():
     codebook = quantizers.fit_levels(levels, 2)
     assert codebook.shape == (2, 256, 4)
     assert np.all(np.diff(codebook.mean(-1)) >= 0)
-    model, y = quantizers.LevelQuantizer(num_stages=2, dim=4, digits=2), levels[None, :50]
+    model, y = quantizers.LevelQuantizer(num_stages=2, dim=4), levels[None, :50]
     params = {"params": {"codebook": codebook}}
     codes = model.apply(params, y)
-    assert codes.shape == (1, 50, 4) and codes.min() >= 0 and codes.max() < 16
+    assert codes.shape == (1, 50, 2) and codes.min() >= 0 and codes.max() < 256
     np.testing.assert_allclose(model.apply(params, codes, method="dequantize"), y, atol=quantizers.LEVEL_STEP / 2)
     loss = lambda params: jnp.sum(model.apply(params, model.apply(params, y), method="dequantize") ** 2)
     assert not np.any(jax.grad(loss)(params)["params"]["codebook"])
@@ -276,10 +276,9 @@ def test_each_level_stage_halves_what_is_left():
     """Not quite: 8 bits for 4 Gaussian numbers leave a quarter of their amplitude at best, 2^(-8/4)."""
     levels = jnp.asarray(np.random.default_rng(0).normal(size=(4000, 4)), jnp.float32)
     codebook = quantizers.fit_levels(levels, 2)
-    model = quantizers.LevelQuantizer(num_stages=2, dim=4, digits=1)
-    codes = model.apply({"params": {"codebook": codebook}}, levels[None])
-    for kept, bound in ((1, 0.35), (2, 0.15)):
-        decoded = model.apply({"params": {"codebook": codebook}}, codes, kept, method="dequantize")
+    for stages, bound in ((1, 0.35), (2, 0.15)):
+        model, params = quantizers.LevelQuantizer(num_stages=stages, dim=4), {"params": {"codebook": codebook[:stages]}}
+        decoded = model.apply(params, model.apply(params, levels[None]), method="dequantize")
         assert np.std(decoded[0] - levels) < bound
 
 
@@ -288,12 +287,12 @@ def test_level_sums_are_nearer_than_those_of_the_nearest_entries():
     rng = np.random.default_rng(0)
     fitted, fresh = jnp.asarray(rng.normal(size=(2, 4000, 8)), jnp.float32)
     codebook = quantizers.fit_levels(fitted, 4)
-    model, params = quantizers.LevelQuantizer(num_stages=4, dim=8, digits=4), {"params": {"codebook": codebook}}
+    model, params = quantizers.LevelQuantizer(num_stages=4, dim=8), {"params": {"codebook": codebook}}
     codes = model.apply(params, fresh[None])
-    assert codes.shape == (1, 4000, 16) and codes.min() >= 0 and codes.max() < 4
+    assert codes.shape == (1, 4000, 4) and codes.min() >= 0 and codes.max() < 256
     left_over = greedy = np.asarray(fresh, np.float64)
     for stage, entries in enumerate(np.asarray(codebook)):
-        left_over = left_over - entries[np.asarray(codes[0, :, 4 * stage : 4 * stage + 4]) @ [64, 16, 4, 1]]
+        left_over = left_over - entries[np.asarray(codes[0, :, stage])]
         greedy = greedy - entries[np.argmin(((greedy[:, None] - entries) ** 2).sum(-1), axis=1)]
     np.testing.assert_allclose(model.apply(params, codes, method="dequantize")[0], fresh - left_over, atol=1e-5)
     assert np.std(left_over) < 0.95 * np.std(greedy)

@@ -178,10 +178,10 @@ def test_bars_take_our_best_setting_within_their_bitrate():
     assert all(bar.met is None for bar in evaluate_report.judge(points[1:], ["ours"], 44100) if bar.kbps == 6)
 
 
-def test_our_settings_are_the_most_codebooks_within():
-    codec = types.SimpleNamespace(name="net", bitrate=12.0, num_codebooks=8, fingerprint="f")  # 1.5 kbps each
+def test_our_settings_are_the_bitrates_that_we_have():
+    codec = types.SimpleNamespace(name="net", bitrate=12.0, min_bitrate=1.5, fingerprint="f")
     coders = evaluate.own_coders(codec, [1.0, 3.0, 5.9, 12.0, 24.0], [1, 2])
-    names = [f"net {kbps} nfe {n}" for n in (1, 2) for kbps in ("3", "4.5", "12")]
+    names = [f"net {kbps} nfe {n}" for n in (1, 2) for kbps in ("3", "5.9", "12")]
     assert [coder.name for coder in coders] == names
     assert {coder.family for coder in coders} == {"net nfe 1", "net nfe 2"}
 
@@ -202,9 +202,9 @@ def rounding_coder(family, kbps, calls, name=None):
 
 
 class FakeCodec:
-    """Rounds as `rounding_coder` does; a byte of the file is a codebook's share."""
+    """Rounds as `rounding_coder` does; what it takes is what is asked for."""
 
-    name, fingerprint, sample_rate, num_codebooks, bitrate = "net", "0123456789abcdef", RATE, 4, 24.0
+    name, fingerprint, sample_rate, min_bitrate, bitrate = "net", "0123456789abcdef", RATE, 6.0, 24.0
 
     def __init__(self):
         self.audio = {}
@@ -214,9 +214,9 @@ class FakeCodec:
         assert source == "net"
         return cls()
 
-    def compress(self, audio, sample_rate, num_codebooks=None):
+    def compress(self, audio, sample_rate, kbps=None):
         assert audio.ndim == 1 and sample_rate == RATE
-        kept = num_codebooks or self.num_codebooks
+        kept = (kbps or self.bitrate) / 6
         data = np.float64([len(self.audio), kept]).tobytes() + bytes(round(6000 / 8 * kept * len(audio) / RATE))
         step = 2.0 ** -(2 * kept + 1)
         self.audio[data] = (np.round(audio / step) * step).astype(np.float32)

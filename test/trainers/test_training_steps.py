@@ -155,7 +155,7 @@ def test_improved_mean_flow_trains_the_velocity_head(run, config):
 def test_the_products_losses_are_logged_and_reach_every_parameter(run, config):
     """But for the entries of the levels, which stay as they were fitted."""
     _, _, state, batch, tokenizer = run
-    fields = {"model.level_stages": 1, "objective.weighting": "band", "objective.mel_weight": 1.0}
+    fields = {"model.quantizer": "gain_shape", "objective.weighting": "band", "objective.mel_weight": 1.0}
     fields |= {"objective.fm_fraction": 1.0, "model.quantizer_dropout": 0.5}
     config = override_from_flags(
         load_config(f"{CONFIG}:runlocal"),
