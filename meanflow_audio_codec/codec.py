@@ -488,14 +488,14 @@ class Codec:
             ]
             return np.stack([np.asarray(row).T for row in codes])[:, :, :frames]
 
-        codes, fineness = spread(0), 0
+        coarsest = codes = spread(0)
+        fineness = 0
         for digit in (1 << i for i in reversed(range((STEPS * self._block).bit_length()))):
-            if (
-                fineness + digit < (STEPS - 1) * self._block
-                and self.tables.bits(finer := spread(fineness + digit)) <= bits
-            ):
-                codes, fineness = finer, fineness + digit
-        return codes
+            if fineness + digit <= (STEPS - 1) * self._block:
+                finer = spread(fineness + digit)
+                if self.tables.bits(finer) <= bits:
+                    codes, fineness = finer, fineness + digit
+        return codes if self.tables.says_something(codes) else coarsest
 
     def _encode_window(
         self, params: Any, scale: Float[Array, "f"], audio: Float[Array, " n"]

@@ -86,6 +86,10 @@ class ShapeContexts:
             + self._cost[rows[said], cells[said]].sum()
         )
 
+    def says_something(self, codes: Int[np.ndarray, "c k n"]) -> bool:
+        """Return whether any cell is not 0."""
+        return bool((codes[:, 1 + len(self._entries) :] != _ZERO).any())
+
     def _level_parts(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         stages = len(self._entries)
         levels = places[:, 1 : 1 + stages]
@@ -136,6 +140,7 @@ class ShapeContexts:
     def _prior(self) -> np.ndarray:
         """Return what is to be expected without data."""
         flat = np.full((self._first_cell_row, STEPS), 1 / STEPS)
+        flat[1 : 1 + STEPS] = (flat[1 : 1 + STEPS] + np.eye(STEPS)) / 2  # often the step before
         *_, share = cell_tables()
         side = share[:, 1:] / 2
         cells = np.concatenate([side[:, ::-1], share[:, :1], side, np.zeros((NUM_CLASSES, 1))], axis=1)
