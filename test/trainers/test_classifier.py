@@ -43,11 +43,9 @@ def final_state(workdir):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def compile_fast(hurried):
+    with hurried():
+        yield
 
 
 @pytest.fixture(scope="module")
