@@ -6,7 +6,6 @@ Each would be compilations alone. Those that train cover every pair of kinds; of
 import itertools
 import json
 import math
-import os
 import pathlib
 
 import jax
@@ -75,12 +74,6 @@ def named(part):
         for cell in cells(part)
         if cell.get("config.model.latent_dim", "32") == "32"
     }
-
-
-@pytest.fixture(scope="module")
-def compile_fast(hurried):
-    with hurried():
-        yield
 
 
 def with_everything(cell):
@@ -223,7 +216,9 @@ def study_objective(**fields):
 
 def test_study_runs_a_part_and_a_mistake_ends_in_one_line(tmp_path, digits, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(os.environ, "PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
     flags = ["--workdir", str(tmp_path), "--mnist-dir", str(digits), "--audio-dir", "unused", "--runlocal"]
     study.main([*flags, "--parts", "classifier"])
     assert (tmp_path / "classifier" / "all" / "seed0" / "checkpoints" / "20").is_dir()
