@@ -142,7 +142,8 @@ def test_audio_cell_trains(name, tmp_path, compile_fast):
 
 @pytest.mark.parametrize("cell", [{"quantizer": "none"}, {"quantizer": "rvq"}, {"backbone": "transformer"}], ids=str)
 def test_what_the_ladder_leaves_out_trains(cell, tmp_path, compile_fast):
-    metrics = run(configure("configs/meanflow_mdct.py", cell, SHORT | SHORT_AUDIO), cell, tmp_path)
+    fields = SHORT | SHORT_AUDIO | {"config.model.num_quantizers": 4}
+    metrics = run(configure("configs/meanflow_mdct.py", cell, fields), cell, tmp_path)
     assert "reconstruction/lsd_db_nfe1" in metrics
     assert ("train/code_loss" in metrics) == (cell.get("quantizer") == "rvq")
 
