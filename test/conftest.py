@@ -10,9 +10,11 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Share compiled programs between the tests of this session, in whatever process."""
+    """Share compiled programs between the tests of this session, in whatever process; and bytecode, where none is."""
     workers = tmp_path_factory.getbasetemp().parent  # shared, for each has a folder there
     cache = workers / "compiled" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("compiled")
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # each process would compile all modules that it imports
+        os.environ["PYTHONPYCACHEPREFIX"] = str(cache / "bytecode")
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -26,19 +28,36 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hurried():
-    """`with hurried():` compiles in half of the time, without most optimizations; programs round otherwise then."""
+    """`with hurried():` compiles in a quarter of the time, with few optimizations; programs round otherwise then."""
     import jax
+    from jax._src import compiler
+
+    get_compile_options = compiler.get_compile_options
+
+    def without_emitters(*args, env_options_overrides=None, **kwargs):
+        """XLA's fusion emitters take most of the time that is left; JAX has no option that turns them off for all."""
+        overrides = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
+        return get_compile_options(*args, env_options_overrides=overrides, **kwargs)
 
     @contextlib.contextmanager
     def compile_fast():
         before = jax.config.read("jax_disable_most_optimizations")
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", True)
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiler, "get_compile_options", without_emitters)
+            yield
         jax.config.update("jax_disable_most_optimizations", before)
         jax.clear_caches()
 
     return compile_fast
+
+
+@pytest.fixture(scope="module")
+def compile_fast(hurried):
+    """For a module whose programs run a few times and are compared with none of another module."""
+    with hurried():
+        yield
 
 
 @pytest.fixture(scope="session")

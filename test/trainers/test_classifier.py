@@ -14,6 +14,7 @@ from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.tools.train import main
 from meanflow_audio_codec.trainers.train import load_classifier
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "mnist_classifier.py"
 STEPS = 60  # of 16 images: 16 epochs of the toy digits
 SMALL = {
@@ -40,14 +41,6 @@ def read(workdir):
 def final_state(workdir):
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(workdir / "checkpoints" / str(STEPS) / "state")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import scipy.stats
 from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.trainers import flow
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
 OFFICIAL = SimpleNamespace(time_sampler="official", P_mean=-0.4, P_std=1.0)
 MIXTURE = SimpleNamespace(time_sampler="mixture", P_mean=-0.4, P_std=1.0)
 

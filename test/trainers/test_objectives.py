@@ -13,6 +13,7 @@ from meanflow_audio_codec.errors import InputError
 from meanflow_audio_codec.trainers import flow, objectives
 from meanflow_audio_codec.trainers.objectives import OBJECTIVES
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
 FLOWS = ["flow_matching", "mean_flow", "improved_mean_flow"]
 MEAN_FLOWS = ["mean_flow", "improved_mean_flow"]
 

@@ -8,6 +8,8 @@ import pytest
 from meanflow_audio_codec.evaluators import metrics
 from meanflow_audio_codec.trainers import spectral
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 @jax.jit
 def mel_distance(x, y):

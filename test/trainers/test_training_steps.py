@@ -33,23 +33,18 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def run(config):
+def run(config, hurried):
     """(train_step, predict_fns, the state at step 0, a batch, tokenizer), compiled once, in a hurry."""
     tokenizer = MdctTokenizer(hop_length=8, group=1)
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     model = CodecModel(features=8, **config.model)
     tx, _ = make_optimizer(config, 100, None)
     init = lambda rng: TrainState.create(model.init(rng, jnp.zeros((1, 8, 8)))["params"], tx, jnp.ones(8))
-    state = jax.device_get(jax.jit(init)(jax.random.key(0)))  # on the host, for a step may consume what it is given
-    batch = {"audio": 0.1 * jax.random.normal(jax.random.key(1), (4, tokenizer.segment_samples(8), 1))}
-    predict_fns = training_steps.codec_predict_fns(model, tokenizer, config)
-    train_step = training_steps.make_train_step(
-        training_steps.codec_loss(model, tokenizer, config), tx, config.ema.decay
-    )
-    yield train_step, predict_fns, state, batch, tokenizer
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # what was compiled in a hurry rounds otherwise
+    with hurried():
+        state = jax.device_get(jax.jit(init)(jax.random.key(0)))  # on the host, for a step may consume what it is given
+        batch = {"audio": 0.1 * jax.random.normal(jax.random.key(1), (4, tokenizer.segment_samples(8), 1))}
+        predict_fns = training_steps.codec_predict_fns(model, tokenizer, config)
+        loss_fn = training_steps.codec_loss(model, tokenizer, config)
+        yield training_steps.make_train_step(loss_fn, tx, config.ema.decay), predict_fns, state, batch, tokenizer
 
 
 @pytest.fixture(scope="module")
