@@ -180,7 +180,7 @@ class Codec:
         if not sum(row.shape[1] for row in codes):
             raise InputError(f"entropy tables need clips of {_SEQUENCE} code frames; give longer ones")
         if self._model.has_levels:
-            return self.tables.fit(row[None] for row in codes)
+            return self.tables.fit(row[None] for row in codes if row.size)
         joined = np.concatenate(codes, axis=1).reshape(self.num_codebooks, -1, _SEQUENCE)
         return bitstream.fit_tables(joined.swapaxes(0, 1), self.cardinality, self.cardinality <= _MAX_CONTEXTS)
 

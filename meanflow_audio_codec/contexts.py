@@ -103,7 +103,7 @@ class ShapeContexts:
     def _classes(self, codes: Int[np.ndarray, "c k n"]) -> Int[np.ndarray, "l c f"]:
         stages = len(self._entries)
         levels = self._entries[np.arange(stages)[:, None, None], codes[:, 1 : 1 + stages].swapaxes(0, 1)].sum(axis=0)
-        levels = levels.reshape(*levels.shape[:2], self._frames, -1)  # [c, n, d, B]
+        levels = levels.reshape(*levels.shape[:2], self._frames, levels.shape[2] // self._frames)  # [c, n, d, B]
         classes = openness_class(openness(levels, codes[:, 0, :, None, None]))[..., self._bands]
         return classes.transpose(1, 2, 0, 3).reshape(-1, len(codes), len(self._bands))
 

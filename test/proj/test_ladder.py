@@ -219,7 +219,7 @@ def test_study_runs_a_part_and_a_mistake_ends_in_one_line(tmp_path, digits, caps
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true")
     flags = ["--workdir", str(tmp_path), "--mnist-dir", str(digits), "--audio-dir", "unused", "--runlocal"]
     study.main([*flags, "--parts", "classifier"])
     assert (tmp_path / "classifier" / "all" / "seed0" / "checkpoints" / "20").is_dir()

@@ -531,7 +531,7 @@ def get_config(arg=None):
 def test_sweeps_the_trainer(tmp_path, monkeypatch):
     """Two rungs of the codec and an objective that is none, some ten seconds each on an idle core."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of programs that run twice
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true")
     (tmp_path / "small.py").write_text(f"ROOT = {str(ROOT)!r}\n{SMALL}")
     argv = ["--config", f"{tmp_path}/small.py:runlocal", "--workdir", str(tmp_path / "sweep")]
     argv += ["--grid", "objective=autoencoder,flow_matching,gan", "--ratio", "objective=autoencoder"]
