@@ -115,7 +115,7 @@ class Codec:
         blocks = 1 + -(-self._decode_halo(1) // self._block)
         self.latency = (self._block * blocks + self._encode_halo) * self.hop_length
         self._encode_window = jax.jit(self._encode_window)
-        self._shape_codes = jax.jit(self._shape_codes)
+        self._shape_block = jax.jit(self._shape_block)
         self._decode_window = jax.jit(self._decode_window, static_argnames="nfe")
         # What stands beyond the ends of a file. A bundle holds it, lest it should differ between machines.
         self._silence = arrays.get("silence")
@@ -475,27 +475,40 @@ class Codec:
         Without `kbps` they are all codebooks, or those of the widest cells.
         """
         windows = [self._encode_window(self._params, self._scale, row) for row in audio]
-        if not self._model.has_levels:
-            codes = np.stack([np.asarray(codes).T for codes, _ in windows])
-            return codes[:, : self._kept_for(kbps, len(audio)), :frames]
-        bits = 0.0 if kbps is None else kbps * 1000 / self.frame_rate * frames
+        codes, x = (jnp.stack(parts) for parts in zip(*windows, strict=True))
+        if self._model.has_levels:
+            bits = 0.0 if kbps is None else kbps * 1000 / self.frame_rate * frames
+            codes = self._shape_block(self._params, codes, x, np.int32(256 * bits), np.int32(frames))
+        codes = np.asarray(codes).swapaxes(1, 2)
+        return codes[:, : self._kept_for(kbps, len(audio)), :frames]
 
-        def spread(fineness: int) -> Int32[np.ndarray, "c k l"]:
+    def _shape_block(
+        self,
+        params: Any,
+        level_codes: Int[Array, "c l s"],
+        x: Float[Array, "c t f"],
+        budget: Int[Array, ""],
+        frames: Int[Array, ""],
+    ) -> Int[Array, "c l k"]:
+        """Return the codes of a block of gain and shape of the finest cells within `budget`, in 1/256 bits."""
+        network = lambda *args, method: self._model.apply({"params": params}, *args, method=method)
+        levels, block = network(level_codes, method="dequantize_levels"), level_codes.shape[1]
+
+        def at(fineness: Array) -> tuple[Array, Array]:
             """Give the first frames a finer step than the others, for a bitrate between those of whole steps."""
-            steps = fineness // self._block + (np.arange(self._block) < fineness % self._block)
-            codes = [
-                self._shape_codes(self._params, x, level_codes, steps.astype(np.int32)) for level_codes, x in windows
-            ]
-            return np.stack([np.asarray(row).T for row in codes])[:, :, :frames]
+            step = fineness // block + (jnp.arange(block) < fineness % block)
+            step = jnp.broadcast_to(step.astype(jnp.int32), level_codes.shape[:2])
+            return step, self._model.gain_shape.quantize(x, levels, step)
 
-        coarsest = codes = spread(0)
-        fineness = 0
-        for digit in (1 << i for i in reversed(range((STEPS * self._block).bit_length()))):
-            if fineness + digit <= (STEPS - 1) * self._block:
-                finer = spread(fineness + digit)
-                if self.tables.bits(finer) <= bits:
-                    codes, fineness = finer, fineness + digit
-        return codes if self.tables.says_something(codes) else coarsest
+        def refine(i: Array, fineness: Array) -> Array:
+            finer = fineness + (1 << (digits - 1 - i))
+            cost = self.tables.cost(self._model.gain_shape, level_codes, levels, *at(finer), frames)
+            return jnp.where((finer <= (STEPS - 1) * block) & (cost <= budget), finer, fineness)
+
+        digits = (STEPS * block - 1).bit_length()
+        step, q = at(jax.lax.fori_loop(0, digits, refine, jnp.int32(0)))
+        step = jnp.where(jnp.any(q), step, 0)  # where nothing is said the widest cells cost least
+        return network(step, level_codes, q, method="join_codes")
 
     def _encode_window(
         self, params: Any, scale: Float[Array, "f"], audio: Float[Array, " n"]
@@ -509,12 +522,6 @@ class Codec:
         network = lambda method: self._model.apply({"params": params}, x, method=method)
         codes = network("level_codes") if self._model.has_levels else network("encode")[1]
         return codes[0, block], x[0, block.start * downsample : block.stop * downsample]
-
-    def _shape_codes(
-        self, params: Any, x: Float[Array, "t f"], level_codes: Int[Array, "l s"], steps: Int[Array, " l"]
-    ) -> Int[Array, "l k"]:
-        given = (x[None], level_codes[None], steps[None])
-        return self._model.apply({"params": params}, *given, method="shape_codes")[0]
 
     def _shape_contexts(self, tables: UInt32[np.ndarray, "r a"] | None) -> ShapeContexts:
         entries = np.asarray(self._params["level_quantizer"]["codebook"]) / LEVEL_STEP

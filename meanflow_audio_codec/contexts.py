@@ -11,12 +11,22 @@ All is in whole numbers, for writer and reader must agree to the bit.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, Int32, UInt32
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from meanflow_audio_codec.bitstream import TABLE_TOTAL, round_to_total
-from meanflow_audio_codec.models.gain_shape import CELLS, NUM_CLASSES, STEPS, cell_tables, openness, openness_class
+from meanflow_audio_codec.models.gain_shape import (
+    CELLS,
+    NUM_CLASSES,
+    STEPS,
+    GainShape,
+    cell_tables,
+    openness,
+    openness_class,
+)
 
 _ZERO = CELLS - 1  # the code of cell 0
 # The neighbourhood of a weighted sum of magnitudes, of which the last stands for all above.
@@ -32,7 +42,11 @@ class ShapeContexts:
         level_entries: Of the levels' quantizer [s, e, d B], in level steps.
         bands: Of each feature.
         frames: Tokens of a latent, d.
-        tables: From `fit_tables`; None: what the law of `gain_shape.cell_tables` says.
+        tables: From `fit`; None: what the law of `gain_shape.cell_tables` says.
+
+    Attributes:
+        tables: Counts, as in `bitstream.Contexts`.
+        costs: Of each value in each row, in 1/256 bits: whole numbers, whose sum no order changes.
     """
 
     def __init__(
@@ -46,7 +60,7 @@ class ShapeContexts:
         self._first_level_row = 1 + STEPS
         self._first_cell_row = self._first_level_row + len(level_entries)
         self.tables = self._round(self._prior()) if tables is None else tables
-        self._cost = -np.log2(self.tables / TABLE_TOTAL)
+        self.costs = np.round(-256 * np.log2(self.tables / TABLE_TOTAL)).astype(np.int32)
 
     @property
     def _num_codebooks(self) -> int:
@@ -72,24 +86,6 @@ class ShapeContexts:
             yield cell[said], self._cell_rows(class_, around[1], around[0])[said]
             around = np.stack([around[1], np.abs(flat[cell] - _ZERO)])
 
-    def bits(self, codes: Int[np.ndarray, "c k n"]) -> float:
-        """Return what a block of these codes takes."""
-        steps = codes[:, 0].T.reshape(-1)
-        places = np.arange(codes.size).reshape(codes.shape)
-        cells, classes = self._cells(codes), self._classes(codes)
-        around = np.pad(np.abs(cells - _ZERO), ((2, 0), (0, 0), (0, 0)))
-        rows, said = self._cell_rows(classes, around[1:-1], around[:-2]), classes >= 0
-        level_places, level_rows = self._level_parts(places)
-        return float(
-            self._cost[np.concatenate([[0], 1 + steps[:-1]]), steps].sum()
-            + self._cost[level_rows, codes.reshape(-1)[level_places]].sum()
-            + self._cost[rows[said], cells[said]].sum()
-        )
-
-    def says_something(self, codes: Int[np.ndarray, "c k n"]) -> bool:
-        """Return whether any cell is not 0."""
-        return bool((codes[:, 1 + len(self._entries) :] != _ZERO).any())
-
     def _level_parts(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         stages = len(self._entries)
         levels = places[:, 1 : 1 + stages]
@@ -108,14 +104,32 @@ class ShapeContexts:
         return classes.transpose(1, 2, 0, 3).reshape(-1, len(codes), len(self._bands))
 
     def _cell_rows(
-        self, classes: Int[np.ndarray, "*l c f"], before: Int[np.ndarray, "*l c f"], earlier: Int[np.ndarray, "*l c f"]
-    ) -> Int[np.ndarray, "*l c f"]:
+        self, classes: Int[np.ndarray, "c f"], before: Int[np.ndarray, "c f"], earlier: Int[np.ndarray, "c f"]
+    ) -> Int[np.ndarray, "c f"]:
         """Return the rows of cells, given the magnitudes one and two frames before."""
-        near = 2 * (before + earlier)
-        near[..., 1:] += before[..., :-1]
-        near[..., :-1] += before[..., 1:]
-        neighbourhood = _NEIGHBOURHOOD[np.minimum(near, len(_NEIGHBOURHOOD) - 1)]
-        return self._first_cell_row + classes * _NUM_NEIGHBOURHOODS + neighbourhood
+        return self._first_cell_row + classes * _NUM_NEIGHBOURHOODS + _neighbourhood(before, earlier, np)
+
+    def cost(
+        self,
+        shape: GainShape,
+        level_codes: Int[Array, "c l s"],
+        levels: Float[Array, "c l n"],
+        step: Int[Array, "c l"],
+        q: Int[Array, "c t f"],
+        frames: Int[Array, ""],
+    ) -> Int[Array, ""]:
+        """Return what the first frames of a block take, in 1/256 bits, for programs that JAX compiles."""
+        costs = jnp.asarray(self.costs)
+        valid = jnp.arange(step.shape[1]) < frames
+        classes = openness_class(shape.openness(levels, step))[..., self._bands]
+        around = jnp.pad(jnp.abs(q), ((0, 0), (2, 0), (0, 0)))
+        rows = classes * _NUM_NEIGHBOURHOODS + _neighbourhood(around[:, 1:-1], around[:, :-2], jnp)
+        rows = jnp.where(classes < 0, 0, self._first_cell_row + rows)
+        of_cells = jnp.where(classes < 0, 0, costs[rows, q + _ZERO]).sum(axis=2).reshape(*step.shape, -1).sum(axis=2)
+        of_levels = costs[self._first_level_row + np.arange(level_codes.shape[2]), level_codes].sum(axis=2)
+        in_order = step.T.reshape(-1)
+        of_steps = costs[jnp.concatenate([jnp.zeros(1, int), 1 + in_order[:-1]]), in_order].reshape(step.T.shape).T
+        return jnp.sum(jnp.where(valid, of_cells + of_levels + of_steps, 0))
 
     def fit(self, blocks: Iterable[Int[np.ndarray, "c k n"]]) -> UInt32[np.ndarray, "r a"]:
         """Return tables counted from codes of training data, of various bitrates."""
@@ -149,6 +163,13 @@ class ShapeContexts:
     @staticmethod
     def _round(shares: np.ndarray) -> UInt32[np.ndarray, "r a"]:
         return np.stack([round_to_total(row) for row in shares]).astype(np.uint32)
+
+
+def _neighbourhood(before: Any, earlier: Any, np_: Any) -> Any:
+    """Return the neighbourhood of each cell [..., f], given the magnitudes one and two frames before."""
+    beside = np_.pad(before, [(0, 0)] * (before.ndim - 1) + [(1, 1)])
+    near = 2 * (before + earlier) + beside[..., :-2] + beside[..., 2:]
+    return np_.asarray(_NEIGHBOURHOOD)[np_.minimum(near, len(_NEIGHBOURHOOD) - 1)]
 
 
 def _shared(counts: np.ndarray) -> np.ndarray:

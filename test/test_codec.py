@@ -180,7 +180,9 @@ def test_windows_equal_the_network_applied_once(codec):
     def encode(audio, steps):
         tokens = tokenizer.tokenize(audio[None, :, None])
         x = scaling.normalize(tokens[:, : tokens.shape[1] // 2 * 2], *compand)
-        return network(x, network(x, method="level_codes"), steps, method="shape_codes")
+        level_codes = network(x, method="level_codes")
+        q = model.gain_shape.quantize(x, network(level_codes, method="dequantize_levels"), steps)
+        return network(steps, level_codes, q, method="join_codes")
 
     def decode(codes):
         cond = network(network(codes, method="dequantize"), method="condition_on")

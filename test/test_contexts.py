@@ -4,13 +4,15 @@ import io
 import itertools
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from meanflow_audio_codec import bitstream
 from meanflow_audio_codec.contexts import ShapeContexts
 from meanflow_audio_codec.errors import InputError
-from meanflow_audio_codec.models.gain_shape import CELLS, STEPS
+from meanflow_audio_codec.models.gain_shape import CELLS, STEPS, GainShape
 
 ROOT = Path(__file__).parents[1]
 BANDS, FRAMES, STAGES = (0, 0, 0, 1, 1, 2, 2, 2), 2, 2
@@ -116,23 +118,32 @@ def draw_golden_entries():
     return np.arange(STAGES * 256 * FRAMES * 3).reshape(STAGES, 256, -1) * 101 % 601 - 300
 
 
-def test_bits_are_those_of_the_rows_and_of_the_file(contexts):
-    codes = draw_codes(contexts, frames=40)
+def bits(contexts, codes):
+    flat = codes.reshape(-1)
+    return sum(-np.log2(contexts.tables[rows, flat[places]] / 2**16).sum() for places, rows in contexts.parts(codes))
+
+
+def test_cost_is_that_of_the_rows_and_of_the_file(contexts):
+    """Of all frames, of the first ones."""
+    shape, codes = GainShape(BANDS, FRAMES), draw_codes(contexts, frames=40)
     codes[:, 0] = 30  # cells so wide that a block is not packed
-    spent = sum(
-        -np.log2(contexts.tables[rows, codes.reshape(-1)[places]] / 2**16).sum()
-        for places, rows in contexts.parts(codes)
-    )
-    assert contexts.bits(codes) == pytest.approx(spent, rel=1e-9)
+    codes[:, 0, 20:] = 29
+    step, level_codes = jnp.asarray(codes[:, 0]), jnp.asarray(codes[:, 1 : 1 + STAGES].swapaxes(1, 2))
+    levels = sum(draw_entries()[s][codes[:, 1 + s]] for s in range(STAGES))
+    q = codes[:, 1 + STAGES :].swapaxes(1, 2).reshape(2, -1, len(BANDS)) - 127
+    cost = jax.jit(lambda q, n: contexts.cost(shape, level_codes, jnp.float32(levels / 256), step, q, n))
+    for frames in (40, 23):
+        spent = bits(contexts, codes[:, :, :frames].copy())
+        assert cost(jnp.asarray(q), jnp.int32(frames)) / 256 == pytest.approx(spent, rel=1e-3)
     measured = bitstream.info(io.BytesIO(write(codes, contexts, block_frames=40)))
-    assert 8 * measured["payload_bytes"] == pytest.approx(spent, abs=64, rel=2e-3)
+    assert 8 * measured["payload_bytes"] == pytest.approx(bits(contexts, codes), abs=64, rel=2e-3)
 
 
 def test_fitted_tables_save(contexts):
     train, held_out = [draw_codes(contexts, frames=100, seed=seed) for seed in range(6)], draw_codes(contexts, seed=9)
     fitted = ShapeContexts(draw_entries(), BANDS, FRAMES, contexts.fit(train))
     assert fitted.tables.shape == contexts.tables.shape and (fitted.tables.sum(axis=1) == 2**16).all()
-    assert fitted.bits(held_out) < 0.9 * contexts.bits(held_out)
+    assert bits(fitted, held_out) < 0.9 * bits(contexts, held_out)
     cells = fitted.tables[1 + STEPS + STAGES :]
     np.testing.assert_allclose(cells[:, :-1], cells[:, -2::-1], atol=1)  # both signs alike
     np.testing.assert_array_equal(read(write(held_out, fitted), fitted), held_out)

@@ -282,12 +282,9 @@ class CodecModel(nn.Module):
         """Return the codes of the levels of gain and shape."""
         return self.level_quantizer(self.gain_shape.levels(x))
 
-    def shape_codes(
-        self, x: Float[Array, "b l f"], level_codes: Int[Array, "b m s"], step: Int[Array, "b m"]
-    ) -> Int[Array, "b m q"]:
-        """Return the codes of gain and shape of x, for which `level_codes` are, at a step of the cells' width."""
-        q = self.gain_shape.quantize(x, self.level_quantizer.dequantize(level_codes), step)
-        return self.join_codes(step, level_codes, q)
+    def dequantize_levels(self, level_codes: Int[Array, "b m s"]) -> Float[Array, "b m n"]:
+        """Return the levels that the codes stand for."""
+        return self.level_quantizer.dequantize(level_codes)
 
     def join_codes(
         self, step: Int[Array, "b m"], level_codes: Int[Array, "b m s"], q: Int[Array, "b l f"]
