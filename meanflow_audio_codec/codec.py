@@ -268,10 +268,8 @@ class Codec:
         for i in range(blocks):
             start, count = i * block * hop, min(block, total - frames - i * block)
             codes.append(self._encode_block(pending[:, start : start + window], count, state.kbps))
-        pending = pending[:, blocks * block * hop :]
-        return state._replace(pending=pending, samples=samples, frames=frames + blocks * block), np.concatenate(
-            codes, axis=2
-        )
+        pending, frames = pending[:, blocks * block * hop :], frames + blocks * block
+        return state._replace(pending=pending, samples=samples, frames=frames), np.concatenate(codes, axis=2)
 
     def decode_start(self, channels: int = 1, nfe: int = 1, seed: int = 0) -> DecodeState:
         """Return the state before the first code frame of `channels` rows; row c has the noise of channel c."""
@@ -415,9 +413,7 @@ class Codec:
                 f"this file was made by {header.codec} ({header.fingerprint}), "
                 f"not by {self.name} ({self.fingerprint}): load that codec"
             )
-        fits = header.num_codebooks == self.num_codebooks or (
-            header.num_codebooks < self.num_codebooks and not self._model.has_levels
-        )
+        fits = self._fewest_codebooks <= header.num_codebooks <= self.num_codebooks
         if header.cardinality != self.cardinality or not fits:
             raise InputError(
                 f"the header has {header.num_codebooks} codebooks of {header.cardinality} values; {self.name} has "
@@ -565,6 +561,10 @@ class Codec:
             )
         return self.num_codebooks if self._model.has_levels else math.floor(self.num_codebooks * kbps / most + 1e-9)
 
+    @property
+    def _fewest_codebooks(self) -> int:
+        return self.num_codebooks if self._model.has_levels else 1
+
     def _num_frames(self, samples: int) -> int:
         return -(-self._tokenizer.num_tokens(samples) // self._model.downsample) if samples else 0
 
@@ -572,10 +572,10 @@ class Codec:
         codes = np.asarray(codes)
         if codes.ndim < 2 or not np.issubdtype(codes.dtype, np.integer):
             raise InputError(f"codes are {codes.dtype} {list(codes.shape)}: give the integers [..., k, l] of encode")
-        count, fixed = codes.shape[-2], self._model.has_levels
-        if not (self.num_codebooks if fixed else 1) <= count <= self.num_codebooks:
+        if not self._fewest_codebooks <= codes.shape[-2] <= self.num_codebooks:
             raise InputError(
-                f"codes of {count} codebooks: {self.name} has {'' if fixed else '1 to '}{self.num_codebooks}"
+                f"codes are of {codes.shape[-2]} codebooks; {self.name} has {self.num_codebooks}, of which"
+                f" {self._fewest_codebooks} are needed"
             )
         if codes.size and not 0 <= codes.min() <= codes.max() < self.cardinality:
             raise InputError(
