@@ -145,7 +145,7 @@ CODED = [  # channels, codebooks, cardinality, contexts of the tables (None: no 
     (5, 2, 5, 6),
     (4, 3, 16, 17),
     (2, 2, 1024, 1),
-    (1, 1, 1024, 8193),
+    (1, 1, 1024, 1025),
 ]
 
 
@@ -749,7 +749,7 @@ def mutate_and_repair(rng, data):
         if kind == 0:
             part[0:2] = struct.pack("<H", rng.choice([0, 1, 7, 8, 9, 65_535]))
         elif kind == 1:
-            part[2:4] = struct.pack("<H", rng.choice([0, 1, 2, 5, 1024, 8193, 65_535]))
+            part[2:4] = struct.pack("<H", rng.choice([0, 1, 2, 5, 1024, 1025, 65_535]))
         elif kind == 2:
             part[16:] = rng.bytes(int(rng.choice([0, 1, 3, 4, 8, 16, 20, 500])))
         elif kind == 3:
