@@ -267,13 +267,13 @@ def _measure_scale(config: ConfigDict, tokenizer: Any, source: AudioInput | Mnis
 def _fit_levels(
     config: ConfigDict, tokenizer: Any, source: AudioInput | MnistInput, model: CodecModel, scale: jax.Array
 ) -> jax.Array:
-    """Return the entries of the model's level quantizer, fitted to at least 2048 training examples."""
+    """Return the entries of the model's level quantizer, fitted to at least 1024 training examples a stage."""
 
     @jax.jit
     def measure(signal):
         return model.gain_shape.levels(training_steps.to_tokens(signal, scale, tokenizer, config))
 
-    levels = jnp.concatenate([measure(batch) for batch in _draw_signals(config, source, 2048)])
+    levels = jnp.concatenate([measure(batch) for batch in _draw_signals(config, source, 1024 * model.level_stages)])
     return fit_levels(levels.reshape(-1, levels.shape[-1]), model.level_stages)
 
 
