@@ -151,6 +151,9 @@ class Contexts(Protocol):
         """Return codes to be filled in."""
 
 
+Tables = Contexts | np.ndarray  # [k, q, a], integers
+
+
 class Block(NamedTuple):
     """Code frames of a file: `codes` is int32 [c, k, n], or None where salvage lost them; `frames` is n."""
 
@@ -171,7 +174,7 @@ class Writer:
         InputError: the tables do not fit the header.
     """
 
-    def __init__(self, file: Writable, header: Header, tables: "Tables | None" = None):
+    def __init__(self, file: Writable, header: Header, tables: Tables | None = None):
         self._coder, checksum = _check_tables(header, tables)
         self.header = dataclasses.replace(header, tables=checksum)
         text = self.header.to_bytes()
@@ -244,7 +247,7 @@ class Reader:
     def __init__(
         self,
         file: Readable,
-        tables: "Callable[[str], Tables | None] | Tables | None" = None,
+        tables: Callable[[str], Tables | None] | Tables | None = None,
         salvage: bool = False,
         name: str | None = None,
     ):
@@ -396,9 +399,6 @@ class _PreviousCode:
 
     def blank(self, channels: int, frames: int) -> Int32[np.ndarray, "c k n"]:
         return np.empty((channels, self._shape[0], frames), np.int32)
-
-
-Tables = Contexts | np.ndarray  # [k, q, a], integers
 
 
 class _Coder(NamedTuple):

@@ -498,7 +498,7 @@ class Codec:
 
         def refine(i: Array, fineness: Array) -> Array:
             finer = fineness + (1 << (digits - 1 - i))
-            cost = self.tables.cost(self._model.gain_shape, level_codes, levels, *at(finer), frames)
+            cost = self.tables.cost(level_codes, levels, *at(finer), frames)
             return jnp.where((finer <= (STEPS - 1) * block) & (cost <= budget), finer, fineness)
 
         digits = (STEPS * block - 1).bit_length()
@@ -521,7 +521,7 @@ class Codec:
 
     def _shape_contexts(self, tables: UInt32[np.ndarray, "r a"] | None) -> ShapeContexts:
         entries = np.asarray(self._params["level_quantizer"]["codebook"]) / LEVEL_STEP
-        return ShapeContexts(entries.round().astype(int), self._model.bands, self._model.downsample, tables)
+        return ShapeContexts(entries.round().astype(int), self._model.gain_shape, tables)
 
     @property
     def entropy(self) -> str:

@@ -40,8 +40,7 @@ class ShapeContexts:
 
     Args:
         level_entries: Of the levels' quantizer [s, e, d B], in level steps.
-        bands: Of each feature.
-        frames: Tokens of a latent, d.
+        shape: What the codes are of: the bands of f features, d tokens a latent.
         tables: From `fit`; None: what the law of `gain_shape.cell_tables` says.
 
     Attributes:
@@ -52,11 +51,10 @@ class ShapeContexts:
     def __init__(
         self,
         level_entries: Int[np.ndarray, "s e n"],
-        bands: tuple[int, ...],
-        frames: int,
+        shape: GainShape,
         tables: UInt32[np.ndarray, "r a"] | None = None,
     ):
-        self._entries, self._bands, self._frames = level_entries, np.array(bands), frames
+        self._entries, self._shape, self._bands = level_entries, shape, np.array(shape.bands)
         self._first_level_row = 1 + STEPS
         self._first_cell_row = self._first_level_row + len(level_entries)
         self.tables = self._round(self._prior()) if tables is None else tables
@@ -64,7 +62,7 @@ class ShapeContexts:
 
     @property
     def _num_codebooks(self) -> int:
-        return 1 + len(self._entries) + self._frames * len(self._bands)
+        return 1 + len(self._entries) + self._shape.frames * len(self._bands)
 
     def blank(self, channels: int, frames: int) -> Int32[np.ndarray, "c k n"]:
         """Return codes of cells of 0."""
@@ -93,13 +91,13 @@ class ShapeContexts:
         return levels.reshape(-1), rows.reshape(-1)
 
     def _cells(self, codes: Int[np.ndarray, "c k n"]) -> Int[np.ndarray, "l c f"]:
-        cells = codes[:, 1 + len(self._entries) :].reshape(len(codes), self._frames, len(self._bands), -1)
+        cells = codes[:, 1 + len(self._entries) :].reshape(len(codes), self._shape.frames, len(self._bands), -1)
         return cells.transpose(3, 1, 0, 2).reshape(-1, len(codes), len(self._bands))
 
     def _classes(self, codes: Int[np.ndarray, "c k n"]) -> Int[np.ndarray, "l c f"]:
         stages = len(self._entries)
         levels = self._entries[np.arange(stages)[:, None, None], codes[:, 1 : 1 + stages].swapaxes(0, 1)].sum(axis=0)
-        levels = levels.reshape(*levels.shape[:2], self._frames, levels.shape[2] // self._frames)  # [c, n, d, B]
+        levels = levels.reshape(*levels.shape[:2], self._shape.frames, self._shape.num_bands)  # [c, n, d, B]
         classes = openness_class(openness(levels, codes[:, 0, :, None, None]))[..., self._bands]
         return classes.transpose(1, 2, 0, 3).reshape(-1, len(codes), len(self._bands))
 
@@ -111,7 +109,6 @@ class ShapeContexts:
 
     def cost(
         self,
-        shape: GainShape,
         level_codes: Int[Array, "c l s"],
         levels: Float[Array, "c l n"],
         step: Int[Array, "c l"],
@@ -121,7 +118,7 @@ class ShapeContexts:
         """Return what the first frames of a block take, in 1/256 bits, for programs that JAX compiles."""
         costs = jnp.asarray(self.costs)
         valid = jnp.arange(step.shape[1]) < frames
-        classes = openness_class(shape.openness(levels, step))[..., self._bands]
+        classes = openness_class(self._shape.openness(levels, step))[..., self._bands]
         around = jnp.pad(jnp.abs(q), ((0, 0), (2, 0), (0, 0)))
         rows = classes * _NUM_NEIGHBOURHOODS + _neighbourhood(around[:, 1:-1], around[:, :-2], jnp)
         rows = jnp.where(classes < 0, 0, self._first_cell_row + rows)

@@ -16,12 +16,13 @@ from meanflow_audio_codec.models.gain_shape import CELLS, STEPS, GainShape
 
 ROOT = Path(__file__).parents[1]
 BANDS, FRAMES, STAGES = (0, 0, 0, 1, 1, 2, 2, 2), 2, 2
+SHAPE = GainShape(BANDS, FRAMES)
 NUM_CODEBOOKS = 1 + STAGES + FRAMES * len(BANDS)
 
 
 @pytest.fixture(scope="module")
 def contexts():
-    return ShapeContexts(draw_entries(), BANDS, FRAMES)
+    return ShapeContexts(draw_entries(), SHAPE)
 
 
 def draw_entries():
@@ -102,7 +103,7 @@ def test_golden_file():
     """Made from whole numbers alone: bytes that must not change."""
     weights = 1 + np.arange(1 + STEPS + STAGES + 28 * 9)[:, None] * np.arange(256) % 251
     tables = np.stack([bitstream.round_to_total(row / row.sum()) for row in weights])
-    contexts = ShapeContexts(draw_golden_entries(), BANDS, FRAMES, tables.astype(np.uint32))
+    contexts = ShapeContexts(draw_golden_entries(), SHAPE, tables.astype(np.uint32))
     codes = contexts.blank(2, 11)
     codes[:, 0] = 50 + np.arange(11) // 4
     codes[:, 1 : 1 + STAGES] = np.arange(2 * STAGES * 11).reshape(2, STAGES, 11) * 37 % 256
@@ -125,13 +126,13 @@ def bits(contexts, codes):
 
 def test_cost_is_that_of_the_rows_and_of_the_file(contexts):
     """Of all frames, of the first ones."""
-    shape, codes = GainShape(BANDS, FRAMES), draw_codes(contexts, frames=40)
+    codes = draw_codes(contexts, frames=40)
     codes[:, 0] = 30  # cells so wide that a block is not packed
     codes[:, 0, 20:] = 29
     step, level_codes = jnp.asarray(codes[:, 0]), jnp.asarray(codes[:, 1 : 1 + STAGES].swapaxes(1, 2))
     levels = sum(draw_entries()[s][codes[:, 1 + s]] for s in range(STAGES))
     q = codes[:, 1 + STAGES :].swapaxes(1, 2).reshape(2, -1, len(BANDS)) - 127
-    cost = jax.jit(lambda q, n: contexts.cost(shape, level_codes, jnp.float32(levels / 256), step, q, n))
+    cost = jax.jit(lambda q, n: contexts.cost(level_codes, jnp.float32(levels / 256), step, q, n))
     for frames in (40, 23):
         spent = bits(contexts, codes[:, :, :frames].copy())
         assert cost(jnp.asarray(q), jnp.int32(frames)) / 256 == pytest.approx(spent, rel=1e-3)
@@ -141,7 +142,7 @@ def test_cost_is_that_of_the_rows_and_of_the_file(contexts):
 
 def test_fitted_tables_save(contexts):
     train, held_out = [draw_codes(contexts, frames=100, seed=seed) for seed in range(6)], draw_codes(contexts, seed=9)
-    fitted = ShapeContexts(draw_entries(), BANDS, FRAMES, contexts.fit(train))
+    fitted = ShapeContexts(draw_entries(), SHAPE, contexts.fit(train))
     assert fitted.tables.shape == contexts.tables.shape and (fitted.tables.sum(axis=1) == 2**16).all()
     assert bits(fitted, held_out) < 0.9 * bits(contexts, held_out)
     cells = fitted.tables[1 + STEPS + STAGES :]

@@ -29,6 +29,8 @@ MEASURED_SECONDS = 600
 _CROP_SECONDS = 10
 _BITRATES = 4  # at which is measured what the tables save
 
+Crop = tuple[AudioFile, int, int]  # first frame, frames
+
 
 def main(argv: list[str] | None = None) -> None:
     """Export what the command line names."""
@@ -56,39 +58,40 @@ def _run(workdir: Path, data_dir: str, output: Path, force: bool) -> list[str]:
         Codec.load(workdir).export(rounded)
         codec = Codec.load(rounded)
     train, valid = split_files(scan_folder(data_dir, bad_files="skip"))
-    codec.export(output, codec.fit_tables(_clips(codec, train, FIT_SECONDS, "fit")))
-    clips = list(_clips(codec, valid, MEASURED_SECONDS, "measure"))
-    fitted, seconds = Codec.load(output), sum(map(len, clips)) / codec.sample_rate
+    fit, measure = _crops(train, FIT_SECONDS), _crops(valid, MEASURED_SECONDS)
+    codec.export(output, codec.fit_tables(_clips(codec, fit, "fit")))
+    fitted = Codec.load(output)
+    seconds = [sum(frames / file.sample_rate for file, _, frames in crops) for crops in (fit, measure)]
     return [
-        f"tables fitted to up to {FIT_SECONDS} s of {len(train)} files; on {seconds:.0f} s of {len(valid)} others:",
-        *_savings(codec, fitted, clips),
+        f"tables fitted to {seconds[0]:.0f} s of {len(train)} files, measured on {seconds[1]:.0f} s of {len(valid)}:",
+        *_savings(codec, fitted, list(_clips(codec, measure, "measure"))),
         f"{output}: {os.path.getsize(output):,} bytes, fingerprint {fitted.fingerprint}",
     ]
 
 
-def _clips(codec: Any, audio_files: list[AudioFile], seconds: int, name: str) -> Iterator[Float32[np.ndarray, " s"]]:
-    """Yield up to `seconds` of the files, taken evenly, mono as in training and at the codec's rate."""
-    crops = list(_crops(audio_files))
-    chosen = np.unique(np.linspace(0, len(crops) - 1, min(len(crops), seconds // _CROP_SECONDS)).astype(int))
-    for file, start, frames in tqdm([crops[i] for i in chosen], name, unit="crop", disable=None):
+def _clips(codec: Any, crops: list[Crop], name: str) -> Iterator[Float32[np.ndarray, " s"]]:
+    """Yield the crops, mono as in training and at the codec's rate."""
+    for file, start, frames in tqdm(crops, name, unit="crop", disable=None):
         samples = math.ceil(frames * codec.sample_rate / file.sample_rate)
         yield load_crop(file, start, sample_rate=codec.sample_rate, segment_samples=samples, channels=1)[:, 0]
 
 
-def _crops(audio_files: list[AudioFile]) -> Iterator[tuple[AudioFile, int, int]]:
-    """Yield (file, first frame, frames) of all crops."""
+def _crops(audio_files: list[AudioFile], seconds: int) -> list[Crop]:
+    """Return crops of up to `seconds` of the files, taken evenly."""
+    crops = []
     for file in audio_files:
         length = _CROP_SECONDS * file.sample_rate
-        for start in range(0, file.frames, length):
-            yield file, start, min(length, file.frames - start)
+        crops += [(file, start, min(length, file.frames - start)) for start in range(0, file.frames, length)]
+    chosen = np.unique(np.linspace(0, len(crops) - 1, min(len(crops), seconds // _CROP_SECONDS)).astype(int))
+    return [crops[i] for i in chosen]
 
 
 def _savings(plain: Any, fitted: Any, clips: list[Float32[np.ndarray, " s"]]) -> list[str]:
     """Lines that say what the codes of the codec with fitted tables take, and would have taken without these."""
     lines = []
-    seconds = sum(map(len, clips)) / fitted.sample_rate
     for kbps in fitted.min_bitrate + (fitted.bitrate - fitted.min_bitrate) * np.arange(1, 1 + _BITRATES) / _BITRATES:
         codes = [fitted.encode(clip, fitted.sample_rate, kbps) for clip in clips]
+        seconds = sum(c.shape[1] for c in codes) / fitted.frame_rate
         before, after = (sum(_coded_bits(codec, c) for c in codes) / seconds / 1000 for codec in (plain, fitted))
         lines.append(f"  at most {kbps:.3f} kbps: {before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.1f} %)")
     return lines
